@@ -1,0 +1,19 @@
+"""Fixtures that several test folders share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The reference folder (`golden/`, `manifest/`, `tokenizer/`), kept beside the repository."""
+    folder = Path(os.environ.get("TURBO_SHARED", REPOSITORY.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"the reference data folder {folder.name}/ is not beside this checkout")
+    return folder
