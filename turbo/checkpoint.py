@@ -1,0 +1,547 @@
+"""Model files, read tensor by tensor under native names whatever their layout is.
+
+Files are memory-mapped. A touched page of a mapping counts as resident memory while the mapping
+lives, so a file is mapped anew after every `_MAPPED_BYTES` that were read, and large tensors are
+read in runs of rows: the peak is the weights' own size plus about that much.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from turbo.errors import CheckpointError
+from turbo.header import (
+    Header,
+    TensorEntry,
+    check_stamp,
+    file_stamp,
+    one_line,
+    read_header,
+    shorten,
+    some_names,
+)
+from turbo.names import (
+    AUTOENCODER,
+    COMPONENT_WORDS,
+    NETWORK,
+    TEXT_ENCODER,
+    Place,
+    find_prefix,
+    is_plain_matrix,
+    native_places,
+    select_names,
+)
+
+_MAPPED_BYTES = 16 << 20
+_CHUNK_BYTES = 8 << 20
+_LARGEST_JSON = 64 << 20
+
+_READABLE_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+
+# Tensors beside a quantised weight without which its values mean something else.
+_SCALES = re.compile(
+    r"(^|\.)scaled_fp8$"
+    r"|\.(scale_weight|scale_input|weight_scale(_2|_inv)?|input_scale)$"
+    r"|\.(comfy_quant|absmax|quant_map)$"
+)
+_SCALES_METADATA = "_quantization_metadata"
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The file tensor that fills one run of rows of a native tensor."""
+
+    file: int
+    key: str
+    entry: TensorEntry
+
+
+class WeightHolder(Protocol):
+    """A module that `load_weights` can fill."""
+
+    def native_tensors(self) -> Mapping[str, Tensor]:
+        """Views into the module's storage by native name."""
+
+    def ignored_keys(self, shapes: Mapping[str, Sequence[int]]) -> set[str]:
+        """Native names that a complete file holds and the module never reads."""
+
+
+class Checkpoint:
+    """One component's tensors under native names, whatever file layout they come from.
+
+    Stays readable as long as the files do not change, so that weights can be restored bit for bit
+    after a LoRA was fused into them.
+    """
+
+    component: str
+    """``network``, ``text_encoder`` or ``autoencoder``."""
+    files: tuple[Path, ...]
+    """The files that are read."""
+    config: dict[str, Any]
+    """``config.json`` of a diffusers folder, else empty."""
+    shapes: dict[str, tuple[int, ...]]
+    """Native name -> shape of everything the files hold for this component."""
+
+    def __init__(
+        self,
+        component: str,
+        headers: Sequence[Header],
+        *,
+        prefix: str = "",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Arrange the tensors of `headers` under native names; nothing else is read yet.
+
+        Raises:
+            CheckpointError: A tensor is there twice, is quantised, or lacks one of its parts.
+        """
+        self.component = component
+        self.files = tuple(header.path for header in headers)
+        self.config = dict(config or {})
+        self._stamps = tuple(header.stamp for header in headers)
+        self._sources = _collect_sources(component, headers, prefix)
+        self.shapes = {
+            name: self._native_shape(name, sources) for name, sources in self._sources.items()
+        }
+        self._reader: _Reader | None = None
+
+    def copy_into(self, name: str, out: Tensor) -> None:
+        """Copy one tensor into `out`, cast once from the file's dtype to that of `out`.
+
+        Args:
+            name: Native name, a key of `shapes`.
+            out: Tensor of that shape, any floating dtype, any device; written in place.
+
+        Raises:
+            CheckpointError: The file holds no such tensor, or has changed or become unreadable.
+        """
+        if name not in self.shapes:
+            raise CheckpointError(f"{self.label} holds no tensor {name}")
+        if tuple(out.shape) != self.shapes[name]:
+            raise ValueError(f"{name} has shape {self.shapes[name]}, got {tuple(out.shape)}")
+        row = 0
+        for source in self._sources[name]:
+            rows = source.entry.shape[0] if source.entry.shape else 0
+            target = out.narrow(0, row, rows) if source.entry.shape else out
+            self._copy_source(source, target)
+            row += rows
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if a file's size or time of change is not as at opening."""
+        for path, stamp in zip(self.files, self._stamps, strict=True):
+            check_stamp(path, stamp)
+
+    def release(self) -> None:
+        """Drop the current mapping and the memory it holds; the next read makes a new one."""
+        self._reader = None
+
+    def reading_order(self, names: Iterable[str]) -> list[str]:
+        """Sort native names by their place on disk, so that files are read from front to back."""
+
+        def place(name: str) -> tuple[int, int]:
+            first = self._sources[name][0]
+            return first.file, first.entry.offset
+
+        return sorted(names, key=place)
+
+    @property
+    def label(self) -> str:
+        """The file, or the folder of several, for messages."""
+        return str(self.files[0] if len(self.files) == 1 else self.files[0].parent)
+
+    def _native_shape(self, name: str, sources: Sequence[_Source]) -> tuple[int, ...]:
+        shapes = [source.entry.shape for source in sources]
+        if self.component == AUTOENCODER and is_plain_matrix(name) and len(shapes[0]) == 2:
+            return (*shapes[0], 1, 1)
+        if len(shapes) == 1:
+            return shapes[0]
+        if any(not shape or shape[1:] != shapes[0][1:] for shape in shapes):
+            given = ", ".join(f"{source.key} {list(source.entry.shape)}" for source in sources)
+            raise CheckpointError(f"{self.label}: the parts of {name} do not fit: {given}")
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def _copy_source(self, source: _Source, target: Tensor) -> None:
+        try:
+            for start, stop in _row_chunks(source.entry):
+                self._reader_for(source.file).copy(source, start, stop, target)
+        except (SafetensorError, OSError) as error:
+            path = self.files[source.file]
+            raise CheckpointError(f"{path}: cannot read {source.key}: {one_line(error)}") from error
+
+    def _reader_for(self, file: int) -> _Reader:
+        reader = self._reader
+        if reader is None or reader.file != file or reader.touched >= _MAPPED_BYTES:
+            self._reader = None  # the old mapping goes before the new one comes
+            check_stamp(self.files[file], self._stamps[file])
+            reader = self._reader = _Reader(file, self.files[file])
+        return reader
+
+
+class _Reader:
+    """One mapping of one file, and how much of it was touched."""
+
+    def __init__(self, file: int, path: Path) -> None:
+        self.file = file
+        self.touched = 0
+        self._handle: Any = safe_open(str(path), framework="pt", device="cpu")
+
+    def copy(self, source: _Source, start: int, stop: int, target: Tensor) -> None:
+        """Copy rows start..stop of a file tensor to the same rows of `target`."""
+        if source.entry.shape:
+            values = self._handle.get_slice(source.key)[start:stop]
+            target = target.narrow(0, start, stop - start)
+        else:
+            values = self._handle.get_tensor(source.key)
+        with torch.no_grad():
+            target.copy_(values.reshape(target.shape))
+        self.touched += values.numel() * values.element_size()
+
+
+def open_file(component: str, *paths: Path | str) -> Checkpoint:
+    """Open a component of a single file (or of several that belong together).
+
+    Args:
+        component: One of `turbo.names.COMPONENTS`.
+        paths: Safetensors files; the prefix of the names is found out, so that an all-in-one
+            checkpoint serves for each of its components.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, of another format or of another model.
+    """
+    headers = [read_header(path) for path in paths]
+    return _arrange(component, headers, ", ".join(str(path) for path in paths), {})
+
+
+def open_folder(component: str, folder: Path | str) -> Checkpoint:
+    """Open a component folder of the diffusers layout, sharded or not.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or of another model, or ``config.json``
+            contradicts what the component is built for.
+    """
+    folder = Path(folder)
+    try:
+        headers = _folder_headers(folder)
+        config_file = folder / "config.json"
+        config = _read_json(config_file) if config_file.exists() else {}
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {one_line(error)}") from error
+    checkpoint = _arrange(component, headers, str(folder), config)
+    _check_config(checkpoint, config_file)
+    return checkpoint
+
+
+def _arrange(
+    component: str, headers: Sequence[Header], label: str, config: Mapping[str, Any]
+) -> Checkpoint:
+    names = [name for header in headers for name in header.tensors]
+    prefix = find_prefix(component, names)
+    if prefix is None:
+        raise CheckpointError(
+            f"{label}: holds no {COMPONENT_WORDS[component]} (its first names are "
+            f"{some_names(sorted(names))})"
+        )
+    return Checkpoint(component, headers, prefix=prefix, config=config)
+
+
+def open_checkpoint(component: str, path: Path | str) -> Checkpoint:
+    """Open a component from a single file or from a diffusers component folder."""
+    return (open_folder if os.path.isdir(path) else open_file)(component, path)
+
+
+def load_weights(
+    module: WeightHolder,
+    checkpoint: Checkpoint,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Fill `module` from `checkpoint`, tensor by tensor, straight to its device and dtype.
+
+    Args:
+        module: Its tensors may be uninitialised; nothing is written if the names do not fit.
+        checkpoint: The files of the same component.
+        on_progress: Called with (tensors read, tensors in all) after each tensor.
+
+    Raises:
+        CheckpointError: Tensors are missing, left over or of another shape; names the first few.
+    """
+    check_fit(module, checkpoint)
+    checkpoint.check_unchanged()
+    tensors = module.native_tensors()
+    for done, name in enumerate(checkpoint.reading_order(tensors), start=1):
+        checkpoint.copy_into(name, tensors[name])
+        if on_progress is not None:
+            on_progress(done, len(tensors))
+    checkpoint.release()
+
+
+def check_fit(module: WeightHolder, checkpoint: Checkpoint) -> None:
+    """Compare names and shapes without reading a value; `module` may be on the meta device.
+
+    Raises:
+        CheckpointError: Tensors are missing, left over or of another shape; names the first few.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.native_tensors().items()}
+    misfit = describe_misfit(wanted, checkpoint.shapes, module.ignored_keys(checkpoint.shapes))
+    if misfit:
+        word = COMPONENT_WORDS[checkpoint.component]
+        raise CheckpointError(f"{checkpoint.label}: does not fit the {word}: {misfit}")
+
+
+def describe_misfit(
+    wanted: Mapping[str, Sequence[int]],
+    shapes: Mapping[str, Sequence[int]],
+    ignored: Iterable[str] = (),
+) -> str:
+    """Say how files differ from what a module needs; empty if they fit.
+
+    Args:
+        wanted: Native name -> shape of every tensor that must be filled.
+        shapes: Native name -> shape of every tensor that is there.
+        ignored: Names that may be there without being wanted.
+    """
+    missing = sorted(set(wanted) - set(shapes))
+    left_over = sorted(set(shapes) - set(wanted) - set(ignored))
+    misshapen = [
+        f"{name} is {list(shapes[name])} instead of {list(wanted[name])}"
+        for name in sorted(set(wanted) & set(shapes))
+        if tuple(wanted[name]) != tuple(shapes[name])
+    ]
+    groups = (("missing", missing), ("left over", left_over), ("of the wrong shape", misshapen))
+    return "; ".join(
+        f"{len(names)} {what} ({some_names(names)})" for what, names in groups if names
+    )
+
+
+def _collect_sources(
+    component: str, headers: Sequence[Header], prefix: str
+) -> dict[str, list[_Source]]:
+    """Group the file tensors of a component by native name, parts in row order."""
+    files = _index_names(headers)
+    inner = select_names(files, prefix)
+    _refuse_scales(headers, inner)
+    _refuse_gaps(headers[0].path, inner.values())
+    places = native_places(component, inner.values())
+    parts: dict[Place, _Source] = {}
+    for key, name in inner.items():
+        header = headers[files[key]]
+        if places[name] in parts:
+            other = shorten(parts[places[name]].key)
+            raise CheckpointError(
+                f"{header.path}: {shorten(key)} and {other} are the same tensor under two names"
+            )
+        parts[places[name]] = _Source(files[key], key, _readable(header, key))
+    grouped: dict[str, list[Place]] = {}
+    for place in sorted(parts, key=lambda place: place.part):
+        grouped.setdefault(place.name, []).append(place)
+    for together in grouped.values():
+        _check_parts(headers[0].path, together, parts)
+    return {name: [parts[place] for place in together] for name, together in grouped.items()}
+
+
+def _index_names(headers: Sequence[Header]) -> dict[str, int]:
+    """File tensor name -> number of the file that holds it."""
+    files: dict[str, int] = {}
+    for index, header in enumerate(headers):
+        for name in header.tensors:
+            if name in files:
+                other = headers[files[name]].path.name
+                raise CheckpointError(f"{header.path}: {shorten(name)} is also in {other}")
+            files[name] = index
+    return files
+
+
+def _check_parts(path: Path, together: Sequence[Place], parts: Mapping[Place, _Source]) -> None:
+    """A fused tensor is whole when each of its parts is there once and it is not there itself."""
+    there = some_names([parts[place].key for place in together])
+    name = shorten(together[0].name)
+    if len({place.parts for place in together}) > 1:
+        raise CheckpointError(f"{path}: {name} is there both whole and in parts ({there})")
+    if len(together) != together[0].parts:
+        raise CheckpointError(
+            f"{path}: {name} is made of {together[0].parts} tensors, only {there} is there"
+        )
+
+
+def _refuse_gaps(path: Path, names: Iterable[str]) -> None:
+    """Stop a damaged name such as ``layers.99999999.`` before somebody builds that many layers."""
+    listed = list(names)
+    for name in listed:
+        numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
+        if any(len(number) > 9 or int(number) >= len(listed) for number in numbers):
+            raise CheckpointError(
+                f"{path}: {shorten(name)} has a number beyond all that a file of {len(listed)} "
+                f"tensors can have"
+            )
+
+
+def _readable(header: Header, key: str) -> TensorEntry:
+    entry = header.tensors[key]
+    if entry.dtype not in _READABLE_DTYPES:
+        raise CheckpointError(
+            f"{header.path}: {shorten(key)} has dtype {entry.dtype}, which is not read; allowed "
+            f"are {', '.join(_READABLE_DTYPES)}"
+        )
+    return entry
+
+
+def _refuse_scales(headers: Sequence[Header], names: Iterable[str]) -> None:
+    """Quantised values without their scales are wrong values, so such a file is never half read."""
+    scales = sorted(name for name in names if _SCALES.search(name))
+    if any(_SCALES_METADATA in header.metadata for header in headers):
+        scales.append(_SCALES_METADATA)
+    if scales:
+        raise CheckpointError(
+            f"{headers[0].path}: is quantised with scales, which are not read yet "
+            f"({some_names(scales)}); give a bfloat16, float16, float32 or plain float8 file"
+        )
+
+
+def _row_chunks(entry: TensorEntry) -> list[tuple[int, int]]:
+    """Cut a tensor into runs of rows of about `_CHUNK_BYTES`, so that no mapping grows large."""
+    if not entry.shape:
+        return [(0, 1)]
+    row_bytes = math.prod(entry.shape[1:]) * _READABLE_DTYPES[entry.dtype]
+    step = max(1, _CHUNK_BYTES // max(1, row_bytes))
+    return [(row, min(row + step, entry.shape[0])) for row in range(0, entry.shape[0], step)]
+
+
+def _folder_headers(folder: Path) -> list[Header]:
+    """Headers of a component folder: of its one file, or of the shards."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    found = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
+    for usual in ("diffusion_pytorch_model.safetensors", "model.safetensors"):
+        if usual in found:
+            return [read_header(found[usual])]
+    indexes = sorted(folder.glob("*.safetensors.index*.json"))
+    if len(indexes) == 1:
+        return _shard_headers(indexes[0])
+    if not found:
+        there = sorted(path.name for path in folder.iterdir())
+        raise CheckpointError(f"{folder}: holds no .safetensors file (there: {some_names(there)})")
+    if indexes or not (_is_whole_set(found) or len(found) == 1):
+        several = [path.name for path in indexes] or list(found)
+        raise CheckpointError(
+            f"{folder}: holds several sets of weights ({some_names(several)}); keep one"
+        )
+    return [read_header(path) for path in found.values()]
+
+
+def _shard_headers(index: Path) -> list[Header]:
+    """Headers of the files that an index names; they lie beside it, or are links from there."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map")
+    files: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0:]", file):
+            raise CheckpointError(
+                f"{index}: must name files of its own folder, got {shorten(repr(file))}"
+            )
+        files.setdefault(file, set()).add(name)
+    return [_shard_header(index, file, names) for file, names in sorted(files.items())]
+
+
+def _shard_header(index: Path, file: str, names: set[str]) -> Header:
+    path = index.parent / file
+    if not path.exists():
+        raise CheckpointError(f"{index}: the shard {shorten(file)} is missing")
+    header = read_header(path)
+    lost = sorted(names - header.tensors.keys())
+    if lost:
+        raise CheckpointError(
+            f"{path}: lacks {len(lost)} tensors of its index ({some_names(lost)})"
+        )
+    return header
+
+
+def _is_whole_set(found: Mapping[str, Path]) -> bool:
+    """Whether files are named ``...-00001-of-00003`` and so on; a gap among them is an error."""
+    numbered = [re.fullmatch(r"(.*)-[0-9]{5}-of-([0-9]{5})\.safetensors", name) for name in found]
+    sets = {match and (match[1], match[2]) for match in numbered}
+    whole = sets.pop()
+    if sets or whole is None:
+        return False
+    stem, total = whole
+    for number in range(1, int(total) + 1):
+        name = f"{stem}-{number:05}-of-{total}.safetensors"
+        if name not in found:
+            folder = next(iter(found.values())).parent
+            raise CheckpointError(f"{folder}: the shard {name} is missing")
+    return True
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    size, _ = file_stamp(path)
+    try:
+        content = json.loads(path.read_bytes()) if size <= _LARGEST_JSON else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not readable as JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold one JSON object")
+    return content
+
+
+def _check_config(checkpoint: Checkpoint, path: Path) -> None:
+    """Refuse a config that says something which no shape tells and the modules take for granted."""
+    config = checkpoint.config | _rotary_settings(checkpoint.config)
+    for key, value in _FACTS[checkpoint.component].items():
+        if key in config and not _agrees(config[key], value):
+            given = shorten(repr(config[key]))
+            raise CheckpointError(f"{path}: {key} is {given}, must be {value}")
+    groups = config.get("norm_num_groups", 1)
+    if not isinstance(groups, int) or groups < 1:
+        given = shorten(repr(groups))
+        raise CheckpointError(f"{path}: norm_num_groups is {given}, must be a positive integer")
+    head = checkpoint.shapes.get("layers.0.attention.q_norm.weight")
+    if checkpoint.component == NETWORK and head and "axes_dims" in config:
+        axes = [head[0] * share / 128 for share in (32, 48, 48)]
+        if config["axes_dims"] != axes:
+            given = shorten(repr(config["axes_dims"]))
+            wanted = [int(size) for size in axes]
+            raise CheckpointError(
+                f"{path}: axes_dims is {given}, must be {wanted} for heads of {head[0]} channels"
+            )
+
+
+def _rotary_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that transformers keeps in a dictionary of their own, by their plain keys."""
+    settings: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        group = config.get(key)
+        if isinstance(group, dict):
+            settings |= {f"rope_{name.removeprefix('rope_')}": group[name] for name in group}
+    return settings
+
+
+_FACTS: Mapping[str, Mapping[str, float | str]] = {
+    NETWORK: {"rope_theta": 256.0, "t_scale": 1000.0, "norm_eps": 1e-5},
+    TEXT_ENCODER: {
+        "rope_theta": 1e6,
+        "rope_type": "default",
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+    },
+    AUTOENCODER: {"scaling_factor": 0.3611, "shift_factor": 0.1159, "act_fn": "silu"},
+}
+"""What the modules take for granted, by the key of ``config.json`` that tells it."""
+
+
+def _agrees(given: object, wanted: float | str) -> bool:
+    if isinstance(wanted, str):
+        return given == wanted
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        return False
+    return abs(given - wanted) <= 1e-6 * wanted if abs(given) < 1e12 else False

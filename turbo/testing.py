@@ -1,0 +1,548 @@
+"""Small complete models with random weights, in the exact file layouts of the real one.
+
+They are what runs when no model is given, and what tests run on. Values depend on seed, tensor name
+and shape alone, so two layouts of one seed hold bit-equal weights.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from turbo.errors import BadInputError, SaveError
+from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER, diffusers_names, is_plain_matrix
+
+LAYOUTS = ("comfyui", "diffusers")
+
+Shapes = dict[str, tuple[int, ...]]
+
+TINY_NETWORK: Mapping[str, Any] = {
+    "dim": 192,
+    "n_layers": 2,
+    "n_refiner_layers": 2,
+    "n_heads": 6,
+    "cap_feat_dim": 64,
+    "ffn_hidden": 512,  # diffusers fixes it at 8/3 of the width
+    "time_hidden": 1024,  # and this one too
+}
+TINY_TEXT_ENCODER: Mapping[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+TINY_AUTOENCODER: Mapping[str, Any] = {
+    "ch": 32,
+    "ch_mult": (1, 2, 2, 2),
+    "num_res_blocks": 1,
+    "z_channels": 16,
+}
+
+_ADALN_WIDTH = 256
+_TIME_FREQUENCIES = 256
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_MERGES = ("Ġ t", "Ġ a", "h e", "i n", "o n", "e r", "Ġt he", "Ġa n", "in g", "Ġan d")
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
+    "message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_CONTENTS_FILE = "contents.json"
+
+
+def make_tiny_model(
+    folder: Path | str, layout: str = "comfyui", seed: int = 0, dtype: str = "bfloat16"
+) -> Path:
+    """Write a complete small model: network, text encoder, autoencoder and tokenizer, some 10 MB.
+
+    Args:
+        folder: Made if it is not there; must be empty if it is. Appears whole or not at all.
+        layout: ``comfyui`` (single files under ``models/``) or ``diffusers`` (component folders
+            that diffusers' and transformers' own classes load too).
+        seed: Same seed, same weights, whatever the layout.
+        dtype: ``bfloat16``, ``float16`` or ``float32``; the values are bfloat16's in any case.
+
+    Returns:
+        `folder`, ready for ``Engine.from_pretrained``.
+
+    Raises:
+        BadInputError: Unknown layout or dtype, or the folder holds something.
+        SaveError: The folder cannot be written.
+    """
+    folder = Path(folder)
+    if layout not in LAYOUTS:
+        raise BadInputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if dtype not in _DTYPES:
+        raise BadInputError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise BadInputError(f"{folder}: is there already and not an empty folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+            unfinished = Path(temporary, "model")
+            _write_model(unfinished, layout, seed, _DTYPES[dtype])
+            os.replace(unfinished, folder)
+    except OSError as error:
+        raise SaveError(f"{folder}: cannot write the model: {error}") from error
+    return folder
+
+
+def builtin_model(cache_dir: Path | str | None = None, seed: int = 0) -> Path:
+    """The small model that is used when none is given, made once and kept in the user's cache.
+
+    Args:
+        cache_dir: Folder to keep it in; without it ``$XDG_CACHE_HOME/turbo`` or ``~/.cache/turbo``.
+        seed: Seed of its weights.
+
+    Returns:
+        Its folder; in a temporary place, removed at exit, if the cache cannot be written.
+    """
+    cache = Path(cache_dir) if cache_dir is not None else _user_cache() / "turbo"
+    folder = cache / f"tiny-model-v1-{seed}"
+    try:
+        if not _is_complete(folder):
+            _put_model(folder, seed)
+        return folder
+    except (OSError, SaveError):
+        temporary = tempfile.mkdtemp(prefix="turbo-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        return make_tiny_model(Path(temporary, folder.name), seed=seed)
+
+
+def initialise(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
+    """Draw the values of tensors from their names: float32 that bfloat16 can hold.
+
+    Args:
+        shapes: Native name -> shape.
+        seed: Any integer from 0 up.
+
+    Returns:
+        Native name -> float32 tensor. Each depends on `seed`, its name and shape alone.
+    """
+    return {name: _draw(name, tuple(shape), seed) for name, shape in shapes.items()}
+
+
+def zimage_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Native names and shapes of a network.
+
+    Args:
+        config: ``dim``, ``n_layers``, ``n_refiner_layers``, ``n_heads``, ``cap_feat_dim``,
+            ``ffn_hidden``; also read: ``in_channels`` (16), ``patch_size`` (2), ``time_hidden``
+            (1024, or the width if that is less).
+    """
+    dim, head = config["dim"], config["dim"] // config["n_heads"]
+    patch = config.get("in_channels", 16) * config.get("patch_size", 2) ** 2
+    time, hidden = min(dim, _ADALN_WIDTH), config.get("time_hidden", min(dim, 1024))
+    shapes: Shapes = {"x_pad_token": (1, dim), "cap_pad_token": (1, dim)}
+    shapes |= _linear("x_embedder", dim, patch)
+    shapes |= {"cap_embedder.0.weight": (config["cap_feat_dim"],)}
+    shapes |= _linear("cap_embedder.1", dim, config["cap_feat_dim"])
+    shapes |= _linear("t_embedder.mlp.0", hidden, _TIME_FREQUENCIES)
+    shapes |= _linear("t_embedder.mlp.2", time, hidden)
+    for kind, count in (
+        ("noise_refiner", config["n_refiner_layers"]),
+        ("context_refiner", config["n_refiner_layers"]),
+        ("layers", config["n_layers"]),
+    ):
+        for index in range(count):
+            block = f"{kind}.{index}"
+            shapes |= _block_shapes(block, dim, head, config["ffn_hidden"])
+            if kind != "context_refiner":
+                shapes |= _linear(f"{block}.adaLN_modulation.0", 4 * dim, time)
+    shapes |= _linear("final_layer.linear", patch, dim)
+    return shapes | _linear("final_layer.adaLN_modulation.1", dim, time)
+
+
+def qwen3_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Native names and shapes of a text encoder.
+
+    Args:
+        config: The keys of a transformers ``Qwen3Config``: ``vocab_size``, ``hidden_size``,
+            ``intermediate_size``, ``num_hidden_layers``, ``num_attention_heads``,
+            ``num_key_value_heads``, ``head_dim``.
+    """
+    width, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    shapes: Shapes = {"model.embed_tokens.weight": (config["vocab_size"], width)}
+    for index in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{index}"
+        shapes |= {
+            f"{layer}.self_attn.q_proj.weight": (queries, width),
+            f"{layer}.self_attn.k_proj.weight": (keys, width),
+            f"{layer}.self_attn.v_proj.weight": (keys, width),
+            f"{layer}.self_attn.o_proj.weight": (width, queries),
+            f"{layer}.self_attn.q_norm.weight": (head,),
+            f"{layer}.self_attn.k_norm.weight": (head,),
+            f"{layer}.mlp.gate_proj.weight": (inner, width),
+            f"{layer}.mlp.up_proj.weight": (inner, width),
+            f"{layer}.mlp.down_proj.weight": (width, inner),
+            f"{layer}.input_layernorm.weight": (width,),
+            f"{layer}.post_attention_layernorm.weight": (width,),
+        }
+    return shapes | {"model.norm.weight": (width,)}
+
+
+def autoencoder_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Native names and shapes of an autoencoder, encoder included.
+
+    Args:
+        config: ``ch``, ``ch_mult``, ``num_res_blocks``, ``z_channels``; also read: ``in_channels``
+            and ``out_ch`` (3).
+    """
+    channels = [config["ch"] * factor for factor in config["ch_mult"]]
+    blocks, latent = config["num_res_blocks"], config["z_channels"]
+    return _encoder_shapes(channels, blocks, latent, config.get("in_channels", 3)) | (
+        _decoder_shapes(channels, blocks, latent, config.get("out_ch", 3))
+    )
+
+
+def _linear(name: str, rows: int, columns: int) -> Shapes:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def _convolution(name: str, outputs: int, inputs: int, size: int = 3) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs, size, size), f"{name}.bias": (outputs,)}
+
+
+def _norm(name: str, channels: int) -> Shapes:
+    return {f"{name}.weight": (channels,), f"{name}.bias": (channels,)}
+
+
+def _block_shapes(block: str, dim: int, head: int, ffn: int) -> Shapes:
+    norms = ("attention_norm1", "ffn_norm1", "attention_norm2", "ffn_norm2")
+    return {
+        f"{block}.attention.qkv.weight": (3 * dim, dim),
+        f"{block}.attention.out.weight": (dim, dim),
+        f"{block}.attention.q_norm.weight": (head,),
+        f"{block}.attention.k_norm.weight": (head,),
+        f"{block}.feed_forward.w1.weight": (ffn, dim),
+        f"{block}.feed_forward.w2.weight": (dim, ffn),
+        f"{block}.feed_forward.w3.weight": (ffn, dim),
+        **{f"{block}.{norm}.weight": (dim,) for norm in norms},
+    }
+
+
+def _encoder_shapes(channels: Sequence[int], blocks: int, latent: int, image: int) -> Shapes:
+    shapes = _convolution("encoder.conv_in", channels[0], image)
+    current = channels[0]
+    for level, width in enumerate(channels):
+        for index in range(blocks):
+            shapes |= _residual(f"encoder.down.{level}.block.{index}", width, current)
+            current = width
+        if level != len(channels) - 1:
+            shapes |= _convolution(f"encoder.down.{level}.downsample.conv", width, width)
+    shapes |= _middle("encoder", current) | _norm("encoder.norm_out", current)
+    return shapes | _convolution("encoder.conv_out", 2 * latent, current)
+
+
+def _decoder_shapes(channels: Sequence[int], blocks: int, latent: int, image: int) -> Shapes:
+    current = channels[-1]
+    shapes = _convolution("decoder.conv_in", current, latent) | _middle("decoder", current)
+    for level, width in reversed(list(enumerate(channels))):
+        for index in range(blocks + 1):
+            shapes |= _residual(f"decoder.up.{level}.block.{index}", width, current)
+            current = width
+        if level:
+            shapes |= _convolution(f"decoder.up.{level}.upsample.conv", width, width)
+    shapes |= _norm("decoder.norm_out", current)
+    return shapes | _convolution("decoder.conv_out", image, current)
+
+
+def _residual(name: str, outputs: int, inputs: int) -> Shapes:
+    shapes = _norm(f"{name}.norm1", inputs) | _convolution(f"{name}.conv1", outputs, inputs)
+    shapes |= _norm(f"{name}.norm2", outputs) | _convolution(f"{name}.conv2", outputs, outputs)
+    if outputs != inputs:
+        shapes |= _convolution(f"{name}.nin_shortcut", outputs, inputs, 1)
+    return shapes
+
+
+def _middle(name: str, channels: int) -> Shapes:
+    shapes = _norm(f"{name}.mid.attn_1.norm", channels)
+    for part in ("q", "k", "v", "proj_out"):
+        shapes |= _convolution(f"{name}.mid.attn_1.{part}", channels, channels, 1)
+    shapes |= _residual(f"{name}.mid.block_1", channels, channels)
+    return shapes | _residual(f"{name}.mid.block_2", channels, channels)
+
+
+def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    key = zlib.crc32(name.encode())
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, key])))
+    mean, deviation = _distribution(name, shape)
+    normal = generator.standard_normal(shape, dtype=np.float32)
+    values = np.float32(mean) + np.float32(deviation) * normal
+    return torch.from_numpy(values).bfloat16().float()
+
+
+def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation that keep the activations of a deep network near one."""
+    module, _, kind = name.rpartition(".")
+    if name.endswith("pad_token") or name == "model.embed_tokens.weight":
+        return 0.0, 1.0
+    if "norm" in module.rpartition(".")[2] or name == "cap_embedder.0.weight":
+        return (1.0 if kind == "weight" else 0.0), 0.1
+    if kind == "bias":
+        return 0.0, _bias_deviation(module)
+    return 0.0, _gain(module) / math.sqrt(math.prod(shape[1:]))
+
+
+def _bias_deviation(module: str) -> float:
+    if module.endswith("adaLN_modulation.0"):
+        return 0.3
+    if module == "final_layer.linear":
+        return 0.8
+    return 0.05 if module.startswith(("encoder.", "decoder.")) else 0.1
+
+
+def _gain(module: str) -> float:
+    if module == "final_layer.linear":
+        return 0.15
+    return 0.5 if "adaLN_modulation" in module or module == "decoder.conv_out" else 1.0
+
+
+def _write_model(folder: Path, layout: str, seed: int, dtype: torch.dtype) -> None:
+    weights = {
+        NETWORK: initialise(zimage_shapes(TINY_NETWORK), seed),
+        TEXT_ENCODER: initialise(qwen3_shapes(TINY_TEXT_ENCODER), seed),
+        AUTOENCODER: initialise(autoencoder_shapes(TINY_AUTOENCODER), seed),
+    }
+    write = _write_comfyui if layout == "comfyui" else _write_diffusers
+    write(folder, weights, dtype)
+    _write_json(folder / _CONTENTS_FILE, {"seed": seed, "sizes": _file_sizes(folder)})
+
+
+def _write_comfyui(
+    folder: Path, weights: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype
+) -> None:
+    models = folder / "models"
+    (models / "loras").mkdir(parents=True)
+    for component, place in (
+        (NETWORK, "diffusion_models/z_image_turbo_bf16.safetensors"),
+        (TEXT_ENCODER, "text_encoders/qwen_3_4b.safetensors"),
+        (AUTOENCODER, "vae/ae.safetensors"),
+    ):
+        _save(weights[component], models / place, dtype)
+    _write_tokenizer(models / "tokenizer")
+
+
+def _write_diffusers(
+    folder: Path, weights: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype
+) -> None:
+    for component, place, config in (
+        (NETWORK, "transformer/diffusion_pytorch_model.safetensors", _network_config()),
+        (TEXT_ENCODER, "text_encoder/model.safetensors", _text_encoder_config(dtype)),
+        (AUTOENCODER, "vae/diffusion_pytorch_model.safetensors", _autoencoder_config()),
+    ):
+        _save(_to_diffusers(component, weights[component]), folder / place, dtype)
+        _write_json((folder / place).with_name("config.json"), config)
+    _write_tokenizer(folder / "tokenizer")
+    _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
+    _write_json(folder / "model_index.json", _MODEL_INDEX)
+
+
+def _to_diffusers(component: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Native tensors under diffusers' names: fused rows apart, 1x1 convolutions as matrices."""
+    renamed: dict[str, Tensor] = {}
+    for name, names in diffusers_names(component, weights).items():
+        values = weights[name]
+        if component == AUTOENCODER and is_plain_matrix(name):
+            values = values.flatten(1)
+        renamed |= dict(zip(names, values.chunk(len(names)), strict=True))
+    return renamed
+
+
+def _network_config() -> dict[str, Any]:
+    head = TINY_NETWORK["dim"] // TINY_NETWORK["n_heads"]
+    return {
+        "_class_name": "ZImageTransformer2DModel",
+        "all_patch_size": [2],
+        "all_f_patch_size": [1],
+        "in_channels": 16,
+        "dim": TINY_NETWORK["dim"],
+        "n_layers": TINY_NETWORK["n_layers"],
+        "n_refiner_layers": TINY_NETWORK["n_refiner_layers"],
+        "n_heads": TINY_NETWORK["n_heads"],
+        "n_kv_heads": TINY_NETWORK["n_heads"],
+        "norm_eps": 1e-05,
+        "qk_norm": True,
+        "cap_feat_dim": TINY_NETWORK["cap_feat_dim"],
+        "rope_theta": 256.0,
+        "t_scale": 1000.0,
+        "axes_dims": [head // 4, head * 3 // 8, head * 3 // 8],
+        "axes_lens": [1536, 512, 512],
+    }
+
+
+def _text_encoder_config(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "eos_token_id": _control_token_id("<|im_end|>"),
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 40960,
+        "model_type": "qwen3",
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "tie_word_embeddings": True,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+        "use_sliding_window": False,
+        **TINY_TEXT_ENCODER,
+    }
+
+
+def _autoencoder_config() -> dict[str, Any]:
+    levels = len(TINY_AUTOENCODER["ch_mult"])
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": [TINY_AUTOENCODER["ch"] * m for m in TINY_AUTOENCODER["ch_mult"]],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "force_upcast": True,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": TINY_AUTOENCODER["z_channels"],
+        "layers_per_block": TINY_AUTOENCODER["num_res_blocks"],
+        "mid_block_add_attention": True,
+        "norm_num_groups": 32,
+        "sample_size": 1024,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_post_quant_conv": False,
+        "use_quant_conv": False,
+    }
+
+
+_SCHEDULER_CONFIG = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": False,
+}
+_MODEL_INDEX = {
+    "_class_name": "ZImagePipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen3Model"],
+    "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    "transformer": ["diffusers", "ZImageTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Byte-level BPE over the 256 bytes, a few merges, and Qwen's control tokens after them."""
+    tokens = [*_byte_characters(), *(merge.replace(" ", "") for merge in _MERGES)]
+    _write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
+    lines = ("#version: 0.2", *_MERGES)
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    added = {
+        str(_control_token_id(token)): {
+            "content": token,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": True,
+        }
+        for token in _CONTROL_TOKENS
+    }
+    config = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": added,
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+        "bos_token": None,
+        "chat_template": _CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    _write_json(folder / "tokenizer_config.json", config)
+
+
+def _control_token_id(token: str) -> int:
+    return 256 + len(_MERGES) + _CONTROL_TOKENS.index(token)
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that byte-level BPE writes for each byte, in the order of its ids.
+
+    Source: GPT-2 (https://github.com/openai/gpt-2, encoder.py): printable Latin-1 stands for
+    itself and comes first, the other bytes follow as the characters from U+0100 on.
+    """
+    latin = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(byte) for byte in latin] + [chr(0x100 + i) for i in range(256 - len(latin))]
+
+
+def _save(weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: values.to(dtype).contiguous() for name, values in weights.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the library leaves them readable to their owner alone
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != _CONTENTS_FILE
+    }
+
+
+def _user_cache() -> Path:
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return given if given.is_absolute() else Path(os.path.expanduser("~"), ".cache")
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether all files of a model are there, each of its size; others may lie beside them."""
+    try:
+        sizes = json.loads((folder / _CONTENTS_FILE).read_bytes())["sizes"]
+        return bool(sizes.items() <= _file_sizes(folder).items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _put_model(folder: Path, seed: int) -> None:
+    """Put a whole model where none or a damaged one is; another process may do the same now."""
+    if not folder.is_absolute():
+        raise SaveError(f"{folder}: the user has no home folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        fresh = make_tiny_model(Path(temporary, "fresh"), seed=seed)
+        try:
+            os.replace(fresh, folder)
+        except OSError:  # there is one already: renew its files, keep what the user put beside them
+            for name in (*_file_sizes(fresh), _CONTENTS_FILE):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(fresh / name, folder / name)
