@@ -1,0 +1,180 @@
+"""LoRAs fused into a loaded model's weights, and taken out again bit for bit.
+
+The untouched weights are not kept in memory: they are read again from the checkpoint. A weight is
+always made from its untouched value, in float32, and copied into the same storage, so nothing
+drifts and whoever captured that storage stays valid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turbo.checkpoint import Checkpoint, WeightHolder
+from turbo.errors import LoraError
+from turbo.lora import Lora, Patch, apply_patches, match_lora, read_lora, require_full_match
+from turbo.model_files import resolve_lora
+from turbo.names import TEXT_ENCODER
+
+Target = tuple[str, str]
+"""(component, native tensor name)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraChoice:
+    """A LoRA file and how strongly to apply it."""
+
+    path: Path
+    """The file."""
+    strength: float
+    """Factor for the network."""
+    text_strength: float
+    """Factor for the text encoder."""
+    stamp: tuple[int, int]
+    """Size and time of change of the file, so that a new version is read anew."""
+
+    @classmethod
+    def parse(cls, item: Any, folder: Path | None, default_strength: float) -> LoraChoice:
+        """Read a path or name, a (path or name, strength) pair, or a triple.
+
+        Raises:
+            LoraError: It is none of these, the file is missing, or a strength is not finite.
+        """
+        values = (item,) if isinstance(item, str | Path) else tuple(item)
+        if not 1 <= len(values) <= 3 or not isinstance(values[0], str | Path):
+            raise LoraError(
+                f"a LoRA must be a path or name, (path, strength) or (path, strength, text "
+                f"strength), got {item!r}"
+            )
+        strengths = [*values[1:]] or [default_strength]
+        for strength in strengths:
+            if (
+                isinstance(strength, bool)
+                or not isinstance(strength, int | float)
+                or not math.isfinite(strength)
+            ):
+                raise LoraError(f"a LoRA's strength must be a finite number, got {strength!r}")
+        path = resolve_lora(values[0], folder)
+        status = path.stat()
+        stamp = (status.st_size, status.st_mtime_ns)
+        return cls(path, float(strengths[0]), float(strengths[-1]), stamp)
+
+    def strength_on(self, component: str) -> float:
+        """The strength for one component."""
+        return self.text_strength if component == TEXT_ENCODER else self.strength
+
+
+class LoraFuser:
+    """Keeps the weights of `modules` equal to the checkpoint's plus the LoRAs chosen.
+
+    Args:
+        modules: Component -> loaded module.
+        checkpoints: Component -> the files it was loaded from.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, WeightHolder], checkpoints: Mapping[str, Checkpoint]
+    ) -> None:
+        self._modules = modules
+        self._checkpoints = checkpoints
+        self._fused: tuple[LoraChoice, ...] = ()
+        self._changed: set[Target] = set()
+        self._described: list[dict[str, Any]] = []
+
+    def fuse(self, choices: Sequence[LoraChoice], *, strict: bool = True) -> bool:
+        """Make the weights those of the checkpoint with `choices` applied in order.
+
+        Args:
+            choices: LoRAs; none restores the checkpoint's weights.
+            strict: Refuse a LoRA of which some keys fit nothing.
+
+        Returns:
+            Whether any weight was written.
+
+        Raises:
+            LoraError: A file does not fit; no weight was touched.
+            CheckpointError: The checkpoint's files have changed, so its weights cannot be restored.
+        """
+        choices = tuple(choices)
+        if choices == self._fused:
+            return False
+        loras = [(choice, read_lora(choice.path)) for choice in choices]
+        patches = self._collect(loras, strict)
+        targets = self._changed | patches.keys()
+        for component in {component for component, _ in targets}:
+            self._checkpoints[component].check_unchanged()
+        try:
+            self._write(targets, patches)
+        except BaseException:
+            self._write(targets, {})
+            self._note((), set(), [])
+            raise
+        described = [
+            {
+                "name": choice.path.name,
+                "strength": choice.strength,
+                "text_strength": choice.text_strength,
+                "sha256": lora.fingerprint,
+            }
+            for choice, lora in loras
+        ]
+        self._note(choices, set(patches), described)
+        return True
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Name, strengths and content hash of each fused LoRA, ready for JSON."""
+        return [dict(entry) for entry in self._described]
+
+    def _note(
+        self,
+        choices: tuple[LoraChoice, ...],
+        changed: set[Target],
+        described: list[dict[str, Any]],
+    ) -> None:
+        self._fused, self._changed, self._described = choices, changed, described
+
+    def _collect(
+        self, loras: Sequence[tuple[LoraChoice, Lora]], strict: bool
+    ) -> dict[Target, list[tuple[Patch, float]]]:
+        shapes = {name: self._checkpoints[name].shapes for name in self._modules}
+        inert = {name: module.ignored_keys(shapes[name]) for name, module in self._modules.items()}
+        collected: dict[Target, list[tuple[Patch, float]]] = {}
+        for choice, lora in loras:
+            match = match_lora(lora, shapes, inert)
+            if strict:
+                require_full_match(match, lora)
+            for target, patches in match.patches.items():
+                strength = choice.strength_on(target[0])
+                collected.setdefault(target, []).extend((patch, strength) for patch in patches)
+        return collected
+
+    @torch.no_grad()
+    def _write(
+        self, targets: set[Target], patches: Mapping[Target, Sequence[tuple[Patch, float]]]
+    ) -> None:
+        for component, module in self._modules.items():
+            names = [name for owner, name in targets if owner == component]
+            if not names:
+                continue
+            checkpoint, tensors = self._checkpoints[component], module.native_tensors()
+            for name in checkpoint.reading_order(names):
+                wanted = patches.get((component, name), ())
+                _write_weight(checkpoint, name, tensors[name], wanted)
+            checkpoint.release()
+
+
+def _write_weight(
+    checkpoint: Checkpoint, name: str, weight: Tensor, patches: Sequence[tuple[Patch, float]]
+) -> None:
+    if not patches:
+        checkpoint.copy_into(name, weight)
+        return
+    base = torch.empty_like(weight)
+    checkpoint.copy_into(name, base)
+    weight.copy_(apply_patches(base.float(), patches))
