@@ -1,0 +1,625 @@
+"""The engine: loads a model once, then makes pictures, each the same for the same seed.
+
+It adds loading, LoRAs, caches and timing around `turbo.pipeline`, never meaning: what a picture
+looks like depends on the request and the weights alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from turbo._version import __version__
+from turbo.autoencoder import Autoencoder, AutoencoderConfig
+from turbo.checkpoint import WeightHolder, check_fit, load_weights
+from turbo.denoiser import Caption, is_unguided
+from turbo.errors import BadInputError, NonFiniteLatentError
+from turbo.fusing import LoraChoice, LoraFuser
+from turbo.image_input import latent_of_image
+from turbo.model_files import ModelFiles, find_model_files
+from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
+from turbo.noise import MAX_SEED, check_seed
+from turbo.pipeline import (
+    Models,
+    PreparedStage,
+    StageResult,
+    decode,
+    draw_noise,
+    encode_prompt,
+    prepare_stage,
+    run_stage,
+    upscale,
+)
+from turbo.plan import DEFAULT_PLAN, ModelSettings, Plan, Stage, load_plan, plan_to_dict
+from turbo.text_encoder import TextEncoder, TextEncoderConfig
+from turbo.tokenizer import Tokenizer
+from turbo.transformer import Transformer, TransformerConfig
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with (stage name, steps done, steps in all)."""
+
+CAPTIONS_KEPT = 64
+STAGES_KEPT = 32
+VAE_TILE = 64
+"""Latent positions a side of a tile when the plan asks for a tiled decode."""
+MAX_IMAGES = 1000
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One request's pictures and what is known about them."""
+
+    images: list[Image.Image]
+    """8-bit RGB pictures; number i is the one that seed + i alone gives."""
+    seeds: list[int]
+    """The seed of each picture."""
+    timings: dict[str, float]
+    """Seconds: `prompt`, each stage by its name, `decode`, `total`, over all pictures."""
+    skips: dict[str, tuple[int, int]]
+    """Stage name -> (network calls the step cache saved, network calls wanted), all pictures."""
+    stage_images: list[dict[str, Image.Image]]
+    """Each picture's stages by name; empty unless they were asked for."""
+    metadata: list[dict[str, Any]]
+    """For each picture, all that made it, ready for JSON."""
+
+    @property
+    def image(self) -> Image.Image:
+        """The first picture."""
+        return self.images[0]
+
+    @property
+    def seed(self) -> int:
+        """The first picture's seed."""
+        return self.seeds[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmupReport:
+    """What a warm-up did."""
+
+    seconds: dict[str, float]
+    """Stage names, `prompt` and `decode` -> seconds of their first run."""
+
+
+@dataclass(slots=True)
+class _Meter:
+    """Times parts of a request, waiting for the device at each part's end."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Engine:
+    """A loaded model that makes pictures; safe to call from several threads, one at a time runs.
+
+    Make one with `Engine.from_pretrained`.
+    """
+
+    def __init__(self, models: Models, files: ModelFiles, plan: Plan, fuser: LoraFuser) -> None:
+        self.models = models
+        self.files = files
+        self.plan = plan
+        self._fuser = fuser
+        self._loras: tuple[LoraChoice, ...] = ()
+        self._strict = True
+        self._captions: OrderedDict[str, Caption] = OrderedDict()
+        self._stages: OrderedDict[Stage, PreparedStage] = OrderedDict()
+        self._lock = threading.RLock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | None = None,
+        *,
+        diffusion_model: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        loras: Sequence[Any] = (),
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        plan: Plan | str | Path | None = None,
+        strict_loras: bool = True,
+        on_progress: OnProgress | None = None,
+    ) -> Engine:
+        """Load a model.
+
+        Args:
+            path: A ComfyUI or diffusers folder or an all-in-one checkpoint; see `find_model_files`.
+                Without it and without files, the plan's, and if that has none the built-in small
+                model of random weights.
+            diffusion_model: The network's file; wins over what `path` holds.
+            text_encoder: The text encoder's file.
+            vae: The autoencoder's file.
+            tokenizer: The tokenizer's folder.
+            loras: LoRAs to fuse at once, as `set_loras` takes them.
+            device: "auto" (a CUDA device if there is one), "cpu", "cuda", "cuda:1"…
+            dtype: "float32", "bfloat16", "float16" or "auto": bfloat16 on CUDA, float32 on a CPU.
+                With float16 the autoencoder works in float32, which float16 overflows.
+            plan: A plan or a plan file; None is the workflow's plan.
+            strict_loras: Refuse a LoRA of which some keys fit nothing.
+            on_progress: Called with (component, tensors read, tensors in all).
+
+        Raises:
+            BadInputError: A file, a setting or a device is not usable; says what would be.
+        """
+        plan = _as_plan(plan, DEFAULT_PLAN)
+        settings = plan.model
+        device = pick_device(settings.device if device == "auto" else device)
+        dtype = pick_dtype(settings.torch_dtype if dtype == "auto" else dtype, device)
+        if not any((path, diffusion_model, text_encoder, vae)):
+            path, vae, text_encoder = settings.path, settings.vae_path, settings.clip_path
+            if not any((path, vae, text_encoder)):
+                from turbo.testing import builtin_model
+
+                path = builtin_model()
+        # A plan file may name the network's own file as its model path, beside two other files.
+        if diffusion_model is None and path and text_encoder and vae and Path(path).is_file():
+            path, diffusion_model = None, path
+        files = find_model_files(
+            path,
+            diffusion_model=diffusion_model,
+            text_encoder=text_encoder,
+            vae=vae,
+            tokenizer=tokenizer or settings.tokenizer_path,
+        )
+        words = Tokenizer.from_path(files.require_tokenizer())
+        for item in loras:  # a wrong name shows before gigabytes are read
+            LoraChoice.parse(item, files.loras_dir, plan.lora.default_strength)
+        models, fuser = _load(files, words, device, dtype, on_progress)
+        engine = cls(models, files, plan, fuser)
+        if loras:
+            engine.set_loras(loras, strict=strict_loras)
+        return engine
+
+    @property
+    def loras(self) -> tuple[LoraChoice, ...]:
+        """The LoRAs that hold for requests that name none."""
+        return self._loras
+
+    def set_loras(self, loras: Sequence[Any] = (), *, strict: bool = True) -> None:
+        """Fuse LoRAs into the weights, replacing those fused before; none restores every bit.
+
+        Args:
+            loras: Each a path or name, a (path or name, strength) pair, or a triple with the text
+                encoder's own strength last. A name is looked up in the model's `loras` folder.
+            strict: Refuse a file of which some keys fit nothing in the model.
+
+        Raises:
+            LoraError: A file is missing, damaged or not for this model; the weights are as before.
+        """
+        with self._lock:
+            choices = self._choose(loras)
+            self._fuse(choices, strict)
+            self._loras, self._strict = choices, strict
+
+    @torch.inference_mode()
+    def warmup(self, on_progress: OnProgress | None = None) -> WarmupReport:
+        """Run every part once at the plan's sizes, so that no request pays for a first time.
+
+        Args:
+            on_progress: Called with (part, 0 or 1, 1).
+        """
+        meter = _Meter(self.models.device)
+
+        @contextlib.contextmanager
+        def part(name: str) -> Iterator[None]:
+            if on_progress:
+                on_progress(name, 0, 1)
+            with meter.part(name):
+                yield
+            if on_progress:
+                on_progress(name, 1, 1)
+
+        with self._lock:
+            with part("prompt"):
+                positive, negative = self._caption(""), self._caption("")
+            latent: Tensor | None = None
+            for stage in self._resolve(None, None, None, None).stages:
+                with part(stage.name):
+                    self._prepared(stage)
+                    once = replace(stage, node="custom", scheduler="simple", steps=1)
+                    once = replace(once, denoise=1.0, easycache=None)
+                    latent = self._run(once, positive, negative, 0, latent, None).latent
+            if latent is not None:
+                with part("decode"):
+                    self._decode(latent)
+        return WarmupReport(seconds=meter.seconds)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        trigger_word: str = "",
+        seed: int | None = None,
+        loras: Sequence[Any] | None = None,
+        progressive: bool | None = None,
+        plan: Plan | str | Path | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images: int = 1,
+        image: Image.Image | None = None,
+        strength: float | None = None,
+        max_tokens: int | None = None,
+        on_progress: OnProgress | None = None,
+        keep_stages: bool = False,
+    ) -> Result:
+        """Make pictures of a prompt.
+
+        Args:
+            prompt: Any text. Weights such as ``(word:1.3)`` are kept as text, like the reference.
+            negative_prompt: What to move away from; stages whose cfg is 1 do not look at it.
+            trigger_word: Put before the prompt as ``f"{trigger_word}, {prompt}"``.
+            seed: 0 to 2**64 - 1; None draws one.
+            loras: For this request alone, in place of `set_loras`' (an empty list: none).
+            progressive: False makes the picture in one stage at the last stage's size; None does
+                what the plan says.
+            plan: A plan or plan file for this request; None is the engine's.
+            num_inference_steps: Steps of the first stage (of the only one, if not progressive).
+            guidance_scale: cfg of the first stage, in ComfyUI's sense: 1 is off.
+            num_images: How many; picture i is the one that seed + i alone gives.
+            image: Start from a picture: the first stage whose denoise is at most `strength` (the
+                last one, if none is) begins with it, cut to the stage's aspect.
+            strength: How much of `image` to make anew, in (0, 1]: that stage's denoise; 0.6 if
+                not given.
+            max_tokens: Cut longer prompts to so many tokens; None never cuts.
+            on_progress: Called with (stage name, denoiser evaluations done, evaluations in all),
+                at the start of each stage and after each evaluation.
+            keep_stages: Also decode every stage's latent.
+
+        Returns:
+            Pictures, seeds, timings, step-cache counts and metadata.
+
+        Raises:
+            BadInputError: A value is impossible; nothing was computed.
+            NonFiniteLatentError: The arithmetic overflowed; says in which stage and dtype.
+        """
+        _check_texts(prompt=prompt, negative_prompt=negative_prompt, trigger_word=trigger_word)
+        if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
+            raise BadInputError(f"num_images must be an integer of at least 1, got {num_images!r}")
+        if num_images > MAX_IMAGES:
+            raise BadInputError(f"num_images must be at most {MAX_IMAGES}, got {num_images}")
+        first_seed = secrets.randbits(48) if seed is None else check_seed(seed)
+        resolved = self._resolve(plan, progressive, num_inference_steps, guidance_scale)
+        stages = _stages_from_image(resolved.stages, image, strength)
+        seeds = [(first_seed + index) % (MAX_SEED + 1) for index in range(num_images)]
+        text = f"{trigger_word}, {prompt}" if trigger_word else prompt
+        meter = _Meter(self.models.device)
+        with self._lock, meter.part("total"):
+            choices = self._loras if loras is None else self._choose(loras)
+            self._fuse(choices, self._strict)
+            with meter.part("prompt"):
+                positive = self._caption(text, max_tokens)
+                guided = not all(is_unguided(stage.cfg) for stage in stages)
+                negative = self._caption(negative_prompt, max_tokens) if guided else None
+            request = _Request(stages, positive, negative, image, on_progress, keep_stages, meter)
+            pictures = [self._picture(request, one) for one in seeds]
+            description: dict[str, Any] = {
+                "version": __version__,
+                "prompt": prompt,
+                "negative_prompt": negative_prompt,
+                "trigger_word": trigger_word,
+                "plan": plan_to_dict(replace(resolved, model=ModelSettings())),  # no local paths
+                "loras": self._fuser.describe(),
+                "models": {
+                    "network": self.files.network.name,
+                    "text_encoder": self.files.text_encoder.name,
+                    "vae": self.files.vae.name,
+                },
+                "device": self.models.device.type,
+                "dtype": str(self.models.dtype).removeprefix("torch."),
+            }
+            if image is not None:
+                description |= {"first_stage": stages[0].name, "strength": stages[0].denoise}
+        return Result(
+            images=[picture.image for picture in pictures],
+            seeds=seeds,
+            timings=meter.seconds,
+            skips=_sum_skips(pictures),
+            stage_images=[picture.stages for picture in pictures] if keep_stages else [],
+            metadata=[{**description, "seed": one} for one in seeds],
+        )
+
+    def _picture(self, request: _Request, seed: int) -> _Picture:
+        latent: Tensor | None = None
+        finite: dict[str, Tensor] = {}
+        skips: dict[str, tuple[int, int]] = {}
+        pictures: dict[str, Image.Image] = {}
+        if request.image is not None:
+            with request.meter.part("encode"), self._loaded(self.models.autoencoder):
+                latent = latent_of_image(
+                    self.models.autoencoder, request.image, request.stages[0], self.models.device
+                )
+        for stage in request.stages:
+            with request.meter.part(stage.name):
+                result = self._run(
+                    stage, request.positive, request.negative, seed, latent, request.on_progress
+                )
+            latent = result.latent
+            finite[stage.name] = latent.isfinite().all()
+            skips[stage.name] = (result.skipped, result.calls)
+            if request.keep_stages and stage is not request.stages[-1]:
+                with request.meter.part("decode"):
+                    pictures[stage.name] = self._decode(latent)
+        assert latent is not None
+        self._require_finite(finite)
+        with request.meter.part("decode"):
+            image = self._decode(latent)
+        pictures[request.stages[-1].name] = image
+        return _Picture(image, pictures, skips)
+
+    def _run(
+        self,
+        stage: Stage,
+        positive: Caption,
+        negative: Caption | None,
+        seed: int,
+        latent: Tensor | None,
+        on_progress: OnProgress | None,
+    ) -> StageResult:
+        with self._loaded(self.models.transformer):
+            prepared = self._prepared(stage)
+            noise = draw_noise(
+                prepared,
+                (seed + stage.seed_offset) % (MAX_SEED + 1),
+                self.models.device,
+                channels=self.models.transformer.config.channels,
+            )
+
+            def on_step(step: int, total: int) -> None:
+                if on_progress is not None:
+                    on_progress(stage.name, step, total)
+
+            on_step(0, len(prepared.trace.evaluations))
+            latent = None if latent is None else upscale(latent, stage)
+            return run_stage(
+                self.models, prepared, positive, negative, noise, latent, on_step=on_step
+            )
+
+    def _decode(self, latent: Tensor) -> Image.Image:
+        performance = self.plan.performance
+        tile = VAE_TILE if performance.enable_vae_tiling else None
+        with self._loaded(self.models.autoencoder):
+            pixels = decode(
+                self.models.autoencoder, latent, slicing=performance.enable_vae_slicing, tile=tile
+            )
+        return Image.fromarray(pixels[0].cpu().numpy())
+
+    def _caption(self, text: str, max_tokens: int | None = None) -> Caption:
+        key = f"{max_tokens}:{text}"
+        if key not in self._captions:
+            with self._loaded(self.models.text_encoder), self._loaded(self.models.transformer):
+                caption = encode_prompt(self.models, text, max_tokens=max_tokens)
+            _keep(self._captions, key, caption, CAPTIONS_KEPT)
+        self._captions.move_to_end(key)
+        return self._captions[key]
+
+    def _prepared(self, stage: Stage) -> PreparedStage:
+        if stage not in self._stages:
+            prepared = prepare_stage(self.models.transformer, stage)
+            _keep(self._stages, stage, prepared, STAGES_KEPT)
+        self._stages.move_to_end(stage)
+        return self._stages[stage]
+
+    @contextlib.contextmanager
+    def _loaded(self, module: nn.Module) -> Iterator[None]:
+        """Have a module on the device while it is used, if the plan keeps it off in between."""
+        if not self.plan.performance.enable_model_cpu_offload or self.models.device.type == "cpu":
+            yield
+            return
+        module.to(self.models.device)
+        try:
+            yield
+        finally:
+            module.to("cpu")
+
+    def _choose(self, loras: Sequence[Any]) -> tuple[LoraChoice, ...]:
+        default = self.plan.lora.default_strength
+        return tuple(LoraChoice.parse(item, self.files.loras_dir, default) for item in loras)
+
+    def _fuse(self, choices: tuple[LoraChoice, ...], strict: bool) -> None:
+        if self._fuser.fuse(choices, strict=strict):
+            self._captions.clear()
+            self._stages.clear()
+
+    def _resolve(
+        self,
+        plan: Plan | str | Path | None,
+        progressive: bool | None,
+        steps: int | None,
+        cfg: float | None,
+    ) -> Plan:
+        resolved = _as_plan(plan, self.plan)
+        wanted = resolved.progressive if progressive is None else progressive
+        if not wanted:
+            return resolved.single_stage(steps, cfg)
+        first, *rest = resolved.stages
+        first = first if steps is None else replace(first, steps=steps)
+        first = first if cfg is None else replace(first, cfg=cfg)
+        return replace(resolved, progressive=True, stages=(first, *rest))
+
+    def _require_finite(self, finite: dict[str, Tensor]) -> None:
+        """One read-back for all stages; the first bad one is named."""
+        if torch.stack(list(finite.values())).all():
+            return
+        stage = next(name for name, flag in finite.items() if not flag)
+        dtype = str(self.models.dtype).removeprefix("torch.")
+        raise NonFiniteLatentError(
+            f"the latent of {stage} is not finite in {dtype}, no picture was made; use "
+            f"{'bfloat16 or float32' if dtype == 'float16' else 'float32'}, or weaker LoRAs"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    stages: Sequence[Stage]
+    positive: Caption
+    negative: Caption | None
+    image: Image.Image | None
+    on_progress: OnProgress | None
+    keep_stages: bool
+    meter: _Meter
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    image: Image.Image
+    stages: dict[str, Image.Image]
+    skips: dict[str, tuple[int, int]]
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device to work on.
+
+    Raises:
+        BadInputError: It does not exist here; says which do.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise BadInputError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        raise BadInputError(
+            f"device {chosen} is not there: PyTorch sees {count} CUDA device(s); use auto or cpu"
+        )
+    if chosen.type not in ("cpu", "cuda"):
+        raise BadInputError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    return chosen
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The network's dtype.
+
+    Raises:
+        BadInputError: It is none of float32, bfloat16, float16 and auto.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise BadInputError(f"dtype must be auto, float32, bfloat16 or float16, got {name!r}")
+    return _DTYPES[name]
+
+
+def autoencoder_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the autoencoder works in: float16 overflows in it."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _load(
+    files: ModelFiles,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: OnProgress | None,
+) -> tuple[Models, LoraFuser]:
+    checkpoints = files.open()
+    shapes = {component: checkpoint.shapes for component, checkpoint in checkpoints.items()}
+    network_config = TransformerConfig.from_shapes(shapes[NETWORK])
+    text_config = TextEncoderConfig.from_shapes(shapes[TEXT_ENCODER])
+    groups = checkpoints[AUTOENCODER].config.get("norm_num_groups", 32)
+    picture_config = AutoencoderConfig.from_shapes(shapes[AUTOENCODER], norm_num_groups=groups)
+    # Names and shapes are compared before anything is allocated: a foreign file may want terabytes.
+    check_fit(Transformer(network_config, "meta"), checkpoints[NETWORK])
+    check_fit(TextEncoder(text_config, "meta"), checkpoints[TEXT_ENCODER])
+    check_fit(Autoencoder(picture_config, "meta"), checkpoints[AUTOENCODER])
+    transformer = Transformer(network_config, device, dtype)
+    text_encoder = TextEncoder(text_config, device, dtype)
+    autoencoder = Autoencoder(picture_config, device, autoencoder_dtype(dtype))
+    if tokenizer.vocabulary_size > text_encoder.config.vocab_size:
+        raise BadInputError(
+            f"the tokenizer knows {tokenizer.vocabulary_size} ids, the text encoder only "
+            f"{text_encoder.config.vocab_size}: they are of different models; give the tokenizer "
+            "that belongs to the text encoder"
+        )
+    modules: dict[str, WeightHolder] = {
+        NETWORK: transformer,
+        TEXT_ENCODER: text_encoder,
+        AUTOENCODER: autoencoder,
+    }
+    for component, module in modules.items():
+
+        def report(done: int, total: int, component: str = component) -> None:
+            if on_progress is not None:
+                on_progress(component, done, total)
+
+        load_weights(module, checkpoints[component], on_progress=report)
+    fusable: dict[str, WeightHolder] = {NETWORK: transformer, TEXT_ENCODER: text_encoder}
+    models = Models(tokenizer, text_encoder, transformer, autoencoder, transformer)
+    return models, LoraFuser(fusable, checkpoints)
+
+
+def _as_plan(plan: Plan | str | Path | None, default: Plan) -> Plan:
+    if plan is None:
+        return default
+    return plan if isinstance(plan, Plan) else load_plan(plan)
+
+
+def _stages_from_image(
+    stages: Sequence[Stage], image: Image.Image | None, strength: float | None
+) -> list[Stage]:
+    """The stages that a request runs: all, or those from where a given picture enters."""
+    if image is None:
+        if strength is not None:
+            raise BadInputError("strength needs an image to start from; give image, or no strength")
+        return list(stages)
+    strength = 0.6 if strength is None else strength
+    if not 0 < strength <= 1:
+        raise BadInputError(f"strength must be above 0 and at most 1, got {strength!r}")
+    enters = [number for number, stage in enumerate(stages) if stage.denoise <= strength]
+    start = enters[0] if enters else len(stages) - 1
+    return [replace(stages[start], denoise=strength), *stages[start + 1 :]]
+
+
+def _check_texts(**texts: str) -> None:
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise BadInputError(f"{name} must be a string, got {type(text).__name__}")
+
+
+def _keep(cache: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
+    cache[key] = value
+    while len(cache) > most:
+        cache.popitem(last=False)
+
+
+def _sum_skips(pictures: Sequence[_Picture]) -> dict[str, tuple[int, int]]:
+    total: dict[str, tuple[int, int]] = {}
+    for picture in pictures:
+        for name, (skipped, calls) in picture.skips.items():
+            before = total.get(name, (0, 0))
+            total[name] = (before[0] + skipped, before[1] + calls)
+    return total

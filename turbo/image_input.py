@@ -1,0 +1,38 @@
+"""A given picture as the start of a stage."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from turbo.autoencoder import Autoencoder
+from turbo.errors import BadInputError
+from turbo.plan import Stage
+
+
+def latent_of_image(
+    autoencoder: Autoencoder, image: Image.Image, stage: Stage, device: torch.device
+) -> Tensor:
+    """Fit a picture to a stage's size and encode it.
+
+    Args:
+        autoencoder: Encodes.
+        image: Any mode; cut around its centre to the stage's aspect, resized with Lanczos.
+        stage: Gives the size.
+        device: Where the autoencoder is.
+
+    Returns:
+        Outside latent, [1, channels, height / 8, width / 8], float32.
+
+    Raises:
+        BadInputError: `image` is no picture.
+    """
+    if not isinstance(image, Image.Image):
+        raise BadInputError(f"image must be a PIL image, got {type(image).__name__}")
+    fitted = ImageOps.fit(
+        image.convert("RGB"), (stage.width, stage.height), Image.Resampling.LANCZOS
+    )
+    pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255)[None]
+    return autoencoder.encode(pixels.to(device)).float()

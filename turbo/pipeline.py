@@ -1,0 +1,237 @@
+"""One picture's way: prompt, noise, stages, upscales, picture.
+
+Functions over `Models`; `Engine` adds loading, LoRAs, caches and timing around them, no meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turbo import plan as plans
+from turbo.autoencoder import Autoencoder, to_pixels, to_uint8
+from turbo.denoiser import Caption, Denoiser, ModulationTable, Network, is_unguided
+from turbo.easycache import EasyCache
+from turbo.errors import BadInputError
+from turbo.latent import STRIDE, from_sampler, resize, start_latent, to_sampler
+from turbo.noise import BrownianNoise, ancestral_noise, start_noise
+from turbo.samplers import SAMPLERS, SamplerTrace, sampler_sigmas, trace_sampler
+from turbo.sigmas import percent_to_sigma, stage_sigmas
+from turbo.text_encoder import TextEncoder
+from turbo.tokenizer import Tokenizer, attention_mask
+from turbo.transformer import Transformer
+
+OnStep = Callable[[int, int], None]
+"""Called with (denoiser evaluations done, evaluations in all)."""
+
+
+@dataclass(slots=True)
+class Models:
+    """The parts that make a picture."""
+
+    tokenizer: Tokenizer
+    text_encoder: TextEncoder
+    transformer: Transformer
+    autoencoder: Autoencoder
+    network: Network
+    """What runs a network call: the transformer itself or a faster stand-in."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.transformer.x_pad_token.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the network."""
+        return self.transformer.dtype
+
+
+@dataclass(slots=True)
+class PreparedStage:
+    """What a stage needs that depends on neither prompt nor seed, computed once."""
+
+    stage: plans.Stage
+    sigmas: tuple[float, ...]
+    """The schedule as the scheduler made it."""
+    followed: tuple[float, ...]
+    """The schedule as the sampler walks it."""
+    trace: SamplerTrace
+    """The sampler's evaluations and noise draws."""
+    modulation: ModulationTable
+    """Factors for each evaluated sigma."""
+    rotary: dict[int, Tensor] = field(default_factory=dict)
+    """Padded caption length -> rotary table, filled as lengths come."""
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Rows and columns of the stage's latent."""
+        return self.stage.height // STRIDE, self.stage.width // STRIDE
+
+    def rotary_for(self, transformer: Transformer, caption_tokens: int) -> Tensor:
+        """The rotary table for a caption length, made at first use."""
+        if caption_tokens not in self.rotary:
+            self.rotary[caption_tokens] = transformer.rotary_table(
+                *self.latent_size, caption_tokens
+            )
+        return self.rotary[caption_tokens]
+
+
+def prepare_stage(transformer: Transformer, stage: plans.Stage) -> PreparedStage:
+    """Compute a stage's schedule, its sampler's trace and the modulation of every sigma in it."""
+    sigmas = stage_sigmas(stage)
+    followed = sampler_sigmas(stage.sampler, sigmas, stage.shift)
+    trace = trace_sampler(stage.sampler, followed)
+    modulation = ModulationTable.make(transformer, trace.evaluations)
+    return PreparedStage(stage, sigmas, followed, trace, modulation)
+
+
+@dataclass(frozen=True, slots=True)
+class StageNoise:
+    """All random numbers of one stage of one picture, float32."""
+
+    start: Tensor
+    """[batch, channels, rows, columns]."""
+    steps: tuple[Tensor, ...]
+    """What the sampler asks for, in order."""
+
+
+def draw_noise(
+    prepared: PreparedStage,
+    seed: int,
+    device: torch.device,
+    *,
+    channels: int = 16,
+    noise_device: torch.device | None = None,
+) -> StageNoise:
+    """Draw a stage's random numbers and bring them to `device`.
+
+    Args:
+        prepared: The stage.
+        seed: The stage's own seed.
+        device: Where the sampler works.
+        channels: Latent channels.
+        noise_device: Where ancestral noise is drawn; `device` is the reference's way.
+    """
+    shape = (1, channels, *prepared.latent_size)
+    asked = prepared.trace.noises
+    kind = SAMPLERS[prepared.stage.sampler].noise
+    steps: list[Tensor] = []
+    if kind == "ancestral":
+        steps = ancestral_noise(shape, seed, len(asked), noise_device or device)
+    elif kind == "brownian" and asked:
+        tree = BrownianNoise(shape, seed, prepared.sigmas)
+        steps = [tree(sigma, sigma_next) for sigma, sigma_next in asked]
+    start = start_noise(shape, seed).to(device, non_blocking=True)
+    return StageNoise(start, tuple(step.to(device, non_blocking=True) for step in steps))
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """A stage's outcome."""
+
+    latent: Tensor
+    """Outside latent, [batch, channels, rows, columns], float32."""
+    skipped: int
+    """Network calls that the step cache saved."""
+    calls: int
+    """Network calls wanted, skipped ones included."""
+
+
+def encode_prompt(models: Models, prompt: str, *, max_tokens: int | None = None) -> Caption:
+    """Tokens, text encoder, caption embedder and context refiner: once a prompt."""
+    ids = models.tokenizer.encode_prompt(prompt, max_tokens=max_tokens)
+    mask = attention_mask(ids, models.tokenizer.pad_id)
+    hidden = None if all(mask) else torch.tensor([mask])
+    return refine(models, models.text_encoder.encode(torch.tensor([ids]), hidden))
+
+
+def refine(models: Models, features: Tensor) -> Caption:
+    """Turn text-encoder features, [1, tokens, caption_dim], into the network's caption."""
+    return Caption(models.transformer.refine_caption(features), features.shape[1])
+
+
+def run_stage(
+    models: Models,
+    prepared: PreparedStage,
+    positive: Caption,
+    negative: Caption | None,
+    noise: StageNoise,
+    latent: Tensor | None = None,
+    *,
+    on_step: OnStep | None = None,
+    aliased: bool = False,
+    cache: EasyCache | None = None,
+) -> StageResult:
+    """Denoise once, at one size.
+
+    Args:
+        models: The parts.
+        prepared: The stage.
+        positive: The caption to follow.
+        negative: The caption to avoid, needed only for cfg other than 1.
+        noise: From `draw_noise`.
+        latent: Outside latent to start from, already of the stage's size; None for none.
+        on_step: Called after each denoiser evaluation.
+        aliased: See `Denoiser`.
+        cache: A step cache to use in place of a new one, for those who want to look into it.
+    """
+    stage = prepared.stage
+    if not is_unguided(stage.cfg) and negative is None:
+        raise BadInputError(f"{stage.name} has cfg {stage.cfg:g}, which needs a negative prompt")
+    if cache is None and stage.easycache is not None:
+        cache = make_cache(stage.easycache, stage.shift)
+    denoiser = Denoiser(
+        models.network,
+        prepared.modulation,
+        lambda tokens: prepared.rotary_for(models.transformer, tokens),
+        positive,
+        negative,
+        cfg=stage.cfg,
+        cache=cache,
+        aliased=aliased,
+    )
+    draws = iter(noise.steps)
+    total = len(prepared.trace.evaluations)
+    done = 0
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        nonlocal done
+        denoised = denoiser(x, sigma)
+        done += 1
+        if on_step is not None:
+            on_step(done, total)
+        return denoised
+
+    start = None if latent is None else to_sampler(latent)
+    x = SAMPLERS[stage.sampler].sample(
+        denoise,
+        start_latent(start, noise.start, prepared.sigmas[0]),
+        prepared.followed,
+        lambda sigma, sigma_next: next(draws),
+    )
+    calls = total * denoiser.calls
+    return StageResult(from_sampler(x), sum(cache.skipped) if cache else 0, calls)
+
+
+def make_cache(settings: plans.EasyCache, shift: float) -> EasyCache:
+    """A fresh step cache with the plan's percentages turned into sigmas."""
+    return EasyCache(
+        settings.threshold,
+        percent_to_sigma(settings.start, shift),
+        percent_to_sigma(settings.end, shift),
+    )
+
+
+def upscale(latent: Tensor, stage: plans.Stage) -> Tensor:
+    """Resize an outside latent to a stage's size."""
+    return resize(latent, stage.height // STRIDE, stage.width // STRIDE, stage.upscale)
+
+
+def decode(autoencoder: Autoencoder, latent: Tensor, **options: Any) -> Tensor:
+    """Outside latent to 8-bit pictures, [batch, height, width, 3], on the latent's device."""
+    return to_uint8(to_pixels(autoencoder.decode(latent, **options)))
