@@ -1,0 +1,59 @@
+"""What `turbo info` collects."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from turbo import __version__
+from turbo.info import collect_info
+from turbo.testing import make_tiny_model
+
+
+def test_versions_and_devices_are_told():
+    info = collect_info()
+    assert info["turbo"] == __version__
+    assert info["packages"]["torch"] == torch.__version__
+    assert info["devices"][0]["device"] == "cpu"
+    assert info["devices"][0]["name"]
+    assert len(info["devices"]) == 1 + torch.cuda.device_count()
+    assert info["model"] is None
+    json.dumps(info)
+
+
+@pytest.mark.parametrize("layout", ["comfyui", "diffusers"])
+def test_the_files_of_a_model_are_told(tmp_path: Path, layout: str):
+    folder = make_tiny_model(tmp_path / "model", layout=layout)
+    model = collect_info(folder)["model"]
+    assert model["layout"] == layout
+    assert set(model["components"]) == {"network", "text_encoder", "autoencoder"}
+    assert all(part["file_bytes"] > 0 for part in model["components"].values())
+    assert model["tokenizer"] is not None
+    json.dumps(model)
+
+
+def test_loras_are_listed_by_name(tmp_path: Path):
+    folder = make_tiny_model(tmp_path / "model")
+    loras = folder / "models" / "loras" / "styles"
+    loras.mkdir(parents=True)
+    (loras / "a.safetensors").touch()
+    assert collect_info(folder)["model"]["loras"] == [str(Path("styles", "a.safetensors"))]
+
+
+def test_a_missing_model_is_a_problem_told(tmp_path: Path):
+    info = collect_info(tmp_path / "none")
+    assert "no such file or folder" in info["model"]["problem"]
+    assert info["packages"]["torch"]
+
+
+def test_the_caches_follow_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert collect_info()["caches"] == {
+        "turbo": str(tmp_path / "cache" / "turbo"),
+        "hugging_face": str(tmp_path / "hf" / "hub"),
+    }

@@ -1,0 +1,383 @@
+"""What the commands ``generate``, ``info`` and ``plan`` do, in the order in which they check:
+
+flags, plan, output names and folder, input picture; then PyTorch is imported and the model loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turbo.errors import BadInputError, SaveError
+from turbo.outputs import Outputs, Saved
+from turbo.plan import DEFAULT_PLAN, Plan, dump_plan, load_plan, plan_to_dict
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from turbo.engine import Engine, Result
+    from turbo.memory import MemoryNeed
+    from turbo.model_files import ModelFiles
+    from turbo.progress import ProgressBar
+
+SEEDS = 2**64
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?(nan|inf|infinity)", re.I)
+_BUILT_IN_NOTICE = (
+    "turbo: no model given: the built-in tiny random one makes coloured noise; for real pictures "
+    "give --model (or TURBO_MODEL) a folder that holds Z-Image-Turbo, such as ComfyUI/models"
+)
+_UNUSED_NEGATIVE = "turbo: --negative has no effect: cfg is 1 in every stage of the plan"
+
+
+# Shared by the commands.
+
+
+def resolve_plan(args: Namespace) -> Plan:
+    """The plan that the flags ask for.
+
+    `--steps` and `--cfg` are the first stage's, as in `Engine.generate`.
+
+    Raises:
+        PlanError: The file or a number is wrong.
+    """
+    plan = DEFAULT_PLAN if args.plan is None else load_plan(args.plan)
+    if args.single_stage or not plan.progressive:
+        return plan.single_stage(args.steps, args.cfg)
+    changes = {"steps": args.steps, "cfg": args.cfg}
+    given = {name: value for name, value in changes.items() if value is not None}
+    first, *rest = plan.stages
+    return replace(plan, stages=(replace(first, **given), *rest))
+
+
+def with_model(plan: Plan, args: Namespace) -> Plan:
+    """`plan` with where the model is: flags win over the plan file, that over the environment."""
+    flags = {
+        "path": args.model,
+        "vae_path": args.vae,
+        "clip_path": args.text_encoder,
+        "tokenizer_path": args.tokenizer,
+        "torch_dtype": args.dtype,
+        "device": args.device,
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
+    model = replace(plan.model, **given)
+    files = (args.diffusion_model, model.vae_path, model.clip_path)
+    if model.path is None and None in files and os.environ.get("TURBO_MODEL"):
+        model = replace(model, path=os.environ["TURBO_MODEL"])
+    return replace(plan, model=model)
+
+
+@dataclass(frozen=True)
+class ModelPaths:
+    """What `Engine.from_pretrained` and `find_model_files` take, ``~`` expanded."""
+
+    path: str | None
+    files: dict[str, str | None]
+
+    @classmethod
+    def of(cls, plan: Plan, diffusion_model: str | None) -> ModelPaths:
+        """The paths of a plan that `with_model` returned."""
+        model = plan.model
+        files = {
+            "diffusion_model": diffusion_model,
+            "text_encoder": model.clip_path,
+            "vae": model.vae_path,
+            "tokenizer": model.tokenizer_path,
+        }
+        return cls(_expand(model.path), {name: _expand(path) for name, path in files.items()})
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether no weights were given, so that the built-in model is used."""
+        weights = (path for name, path in self.files.items() if name != "tokenizer")
+        return self.path is None and not any(weights)
+
+    def find(self) -> ModelFiles:
+        """The model's files.
+
+        Raises:
+            CheckpointError: They are not all there.
+        """
+        from turbo.model_files import find_model_files
+
+        path: str | Path | None = self.path
+        if self.is_built_in:
+            from turbo.testing import builtin_model
+
+            path = builtin_model()
+        return find_model_files(path, **self.files)
+
+
+def _expand(path: str | None) -> str | None:
+    return path if path is None else os.path.expanduser(path)
+
+
+def _print_json(data: Any, indent: int | None = None) -> None:
+    print(json.dumps(data, indent=indent), flush=True)
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
+
+
+# turbo plan, turbo info
+
+
+def plan(args: Namespace) -> None:
+    """``turbo plan``: print the resolved plan, or write it to a new file."""
+    text = dump_plan(resolve_plan(args))
+    if args.output is None:
+        print(text, end="")
+        return
+    try:
+        with open(args.output, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise BadInputError(f"{args.output!r} exists; give a name that is free") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SaveError(f"cannot write {args.output!r}: {reason}") from error
+
+
+def info(args: Namespace) -> None:
+    """``turbo info``: print versions, devices and model files; a missing file is an error."""
+    from turbo.info import collect_info
+
+    paths = ModelPaths.of(with_model(DEFAULT_PLAN, args), args.diffusion_model)
+    found = collect_info(paths.path, **paths.files)
+    if args.json:
+        _print_json(found, indent=2)
+    else:
+        print("\n".join(_info_lines(found)))
+    if found["model"] and "problem" in found["model"]:
+        raise BadInputError(found["model"]["problem"])
+
+
+def _info_lines(found: dict[str, Any]) -> Iterator[str]:
+    yield f"turbo {found['turbo']}, Python {found['python']}, {found['platform']}"
+    yield "packages: " + ", ".join(f"{k} {v or '(none)'}" for k, v in found["packages"].items())
+    for device in found["devices"]:
+        memory = device["memory_bytes"]
+        yield f"device: {device['device']}, {device['name']}" + (
+            f", {_size(memory)}" * bool(memory)
+        )
+    for name, folder in found["caches"].items():
+        yield f"cache: {folder} ({name})"
+    yield from _model_lines(found["model"])
+
+
+def _model_lines(model: dict[str, Any] | None) -> Iterator[str]:
+    if model is None:
+        yield "model: none given; turbo generate would use the built-in tiny random one"
+    elif "problem" not in model:
+        yield f"model: {model['layout']}"
+        for component, part in model["components"].items():
+            yield f"  {component}: {', '.join(part['files'])} ({_size(part['file_bytes'])})"
+        yield f"  tokenizer: {model['tokenizer'] or 'not found'}"
+        yield f"  loras: {', '.join(model['loras']) or 'none'}"
+
+
+# turbo generate
+
+
+def generate(args: Namespace) -> None:
+    """``turbo generate``: make pictures and save each as soon as it is done."""
+    plan = with_model(resolve_plan(args), args)
+    paths = ModelPaths.of(plan, args.diffusion_model)
+    loras = [_weighted(text, plan.lora.default_strength) for text in args.lora]
+    outputs = Outputs.of(args)
+    outputs.check()
+    image = _read_start(args)
+    if args.dry_run:
+        _dry_run(args, plan, paths, loras, outputs)
+        return
+    _print_notices(args, plan, paths)
+    # Where the model lies on this machine is no part of what a picture says about itself.
+    plan = replace(plan, model=replace(DEFAULT_PLAN.model, **_precision(plan)))
+    with _progress(plan, args) as progress:
+        engine = load_engine(
+            paths.path,
+            **paths.files,
+            loras=loras,
+            device=plan.model.device,
+            dtype=plan.model.torch_dtype,
+            plan=plan,
+            strict_loras=not args.no_strict_lora,
+            on_progress=progress,
+        )
+        seed = args.seed
+        for number in range(1, args.n + 1):
+            progress.prefix = f"{number}/{args.n} " if args.n > 1 else ""
+            started = time.perf_counter()
+            result = engine.generate(
+                args.prompt,
+                negative_prompt=args.negative,
+                trigger_word=args.trigger_word,
+                seed=seed,
+                plan=plan,
+                image=image,
+                strength=args.strength,
+                on_progress=progress,
+                keep_stages=args.save_stages,
+            )
+            saved = outputs.save(result, number, plan.stages[-1].name)
+            progress.end_line()
+            _print_result(args, result, saved, time.perf_counter() - started)
+            seed = (result.seed + 1) % SEEDS
+
+
+def _precision(plan: Plan) -> dict[str, str]:
+    return {"torch_dtype": plan.model.torch_dtype, "device": plan.model.device}
+
+
+def load_engine(path: str | None, **options: Any) -> Engine:
+    """`Engine.from_pretrained`, imported as late as can be."""
+    from turbo.engine import Engine
+
+    return Engine.from_pretrained(path, **options)
+
+
+def parse_lora(text: str) -> tuple[str, float | None]:
+    r"""Split ``FILE[:STRENGTH]`` at its last colon if a number follows it.
+
+    So ``C:\style.safetensors`` is a path, ``C:\style.safetensors:0.8`` one with a strength, and a
+    name that exists as it stands, such as ``style:2``, is that file.
+
+    Returns:
+        The file, and the strength or None.
+
+    Raises:
+        BadInputError: The strength is not finite, or nothing stands before or after the colon.
+    """
+    if os.path.exists(text):
+        return text, None
+    path, colon, tail = text.rpartition(":")
+    if not text or (colon and not (path and tail)):
+        raise BadInputError(
+            f"--lora needs FILE or FILE:STRENGTH, such as style.safetensors:0.8; got {text!r}"
+        )
+    if not colon or not _NUMBER.fullmatch(tail):
+        return text, None
+    if not math.isfinite(float(tail)):
+        raise BadInputError(f"a LoRA's strength must be a finite number, got {tail!r}")
+    return path, float(tail)
+
+
+def _weighted(text: str, default_strength: float) -> tuple[str, float]:
+    path, strength = parse_lora(text)
+    return os.path.expanduser(path), default_strength if strength is None else strength
+
+
+def _read_start(args: Namespace) -> Image | None:
+    if args.image is None:
+        if args.strength is not None:
+            raise BadInputError("--strength needs --image, the picture to start from")
+        return None
+    from turbo.image_file import read_image
+
+    return read_image(args.image)
+
+
+def _print_notices(args: Namespace, plan: Plan, paths: ModelPaths) -> None:
+    if args.quiet:
+        return
+    if paths.is_built_in:
+        print(_BUILT_IN_NOTICE, file=sys.stderr)
+    if args.negative and all(stage.cfg == 1 for stage in plan.stages):
+        print(_UNUSED_NEGATIVE, file=sys.stderr)
+
+
+def _progress(plan: Plan, args: Namespace) -> ProgressBar:
+    from turbo.progress import ProgressBar
+
+    parts = ("network", "text_encoder", "autoencoder")
+    labels = {part: f"load {part.replace('_', ' ')}" for part in parts}
+    labels |= {stage.name: f"{stage.name} {stage.width}x{stage.height}" for stage in plan.stages}
+    return ProgressBar(sys.stderr, labels, quiet=args.quiet)
+
+
+def _print_result(args: Namespace, result: Result, saved: Saved, seconds: float) -> None:
+    if args.json:
+        _print_json(
+            {
+                "file": str(saved.path),
+                "stages": {name: str(path) for name, path in saved.stages.items()},
+                "seed": result.seed,
+                "seconds": round(seconds, 3),
+                "timings": result.timings,
+                "skips": {name: list(skips) for name, skips in result.skips.items()},
+            }
+        )
+    elif not args.quiet:
+        skips = [f"{name} {n} of {calls}" for name, (n, calls) in result.skips.items() if n]
+        skipped = f", network calls skipped: {', '.join(skips)}" if skips else ""
+        print(f"{saved.path}: seed {result.seed}, {seconds:.2f} s{skipped}", flush=True)
+
+
+# turbo generate --dry-run
+
+
+def _dry_run(
+    args: Namespace,
+    plan: Plan,
+    paths: ModelPaths,
+    loras: list[tuple[str, float]],
+    outputs: Outputs,
+) -> None:
+    """Print the plan, files and memory need; standard output is YAML with comments, or JSON."""
+    from turbo.memory import count_memory, weight_dtypes
+    from turbo.model_files import resolve_lora
+
+    files = paths.find()
+    found = [(str(resolve_lora(name, files.loras_dir)), strength) for name, strength in loras]
+    need = count_memory(
+        files.open(), plan, weight_dtypes(plan.model.torch_dtype, plan.model.device)
+    )
+    names = [_dry_name(args, outputs, number) for number in range(1, args.n + 1)]
+    if args.json:
+        weights, activations = need.weights, need.activations
+        memory = {"weights": weights, "activations": activations, "total": need.total}
+        _print_json(
+            {"plan": plan_to_dict(plan), "memory_bytes": memory, "loras": found, "files": names},
+            indent=2,
+        )
+        return
+    print(dump_plan(plan), end="")
+    for line in _dry_lines(need, files, found, names):
+        print(f"# {line}")
+
+
+def _dry_name(args: Namespace, outputs: Outputs, number: int) -> str:
+    if outputs.given is None and args.seed is None:
+        return "turbo-<seed>.png"
+    seed = 0 if args.seed is None else (args.seed + number - 1) % SEEDS
+    return str(outputs.path(seed, number))
+
+
+def _dry_lines(
+    need: MemoryNeed, files: ModelFiles, loras: list[tuple[str, float]], names: list[str]
+) -> Iterator[str]:
+    held = {"network": files.network, "text_encoder": files.text_encoder, "autoencoder": files.vae}
+    for component, count in need.weights.items():
+        yield f"weights of {component}: {_size(count)}, from {held[component]}"
+    for stage, count in need.activations.items():
+        yield f"largest activations of {stage}: {_size(count)}"
+    yield f"all weights and the largest activations: {_size(need.total)}"
+    yield "activations are counted for 64 prompt tokens, without what libraries use for themselves"
+    for path, strength in loras:
+        yield f"LoRA: {path} at {strength:g}"
+    yield f"pictures: {', '.join(names[:4])}{', ...' * (len(names) > 4)}"
