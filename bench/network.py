@@ -1,4 +1,4 @@
-"""``python -m bench.network``: the network and a whole picture beside diffusers, on the same weights.
+"""``python -m bench.network``: one network call and a whole picture beside diffusers, same weights.
 
 Both sides run in one process, alternating, so that a busy machine slows both. A number is printed
 only after the two sides' outputs were found equal to rounding. Weights are random: speed does not

@@ -163,14 +163,14 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.qkv = Linear(config.dim, 3 * config.dim, make, bias=False)
         self.out = Linear(config.dim, config.dim, make, bias=False)
-        self.q_norm = _weight(config.head_dim, like=make)
-        self.k_norm = _weight(config.head_dim, like=make)
+        self.qk_norm = _weight(2, config.head_dim, like=make)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         batch, tokens, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, -1, self.head_dim).unbind(2)
-        q = rotate(F.rms_norm(q, (self.head_dim,), self.q_norm, QK_NORM_EPS), rotary)
-        k = rotate(F.rms_norm(k, (self.head_dim,), self.k_norm, QK_NORM_EPS), rotary)
+        qkv = self.qkv(x).view(batch, tokens, 3, -1, self.head_dim)
+        qk = _rms_norm(qkv[:, :, :2], self.qk_norm.unsqueeze(1), QK_NORM_EPS)
+        q, k = rotate(qk.flatten(2, 3), rotary).chunk(2, dim=2)
+        v = qkv[:, :, 2]
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         )
@@ -187,14 +187,31 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     Returns:
         Shape and dtype of `x`.
     """
-    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # One pass instead of five: 0.3 against 3 ms for 2336 tokens of 16 x 64 on two cores.
-        turned = torch.view_as_complex(pairs) * torch.complex(*rotary.unbind())
-        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
     cos, sin = rotary.unbind()
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+    if _is_eager_cpu(x):
+        # One pass instead of five: 0.3 against 3 ms for 2336 tokens of 16 x 64 on two cores.
+        turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
     a, b = pairs.unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def _rms_norm(x: Tensor, factor: Tensor, eps: float = NORM_EPS) -> Tensor:
+    """RMS norm over the last axis times `factor`, which fits the last axes of `x`."""
+    if _is_eager_cpu(x):
+        # Half the passes of F.rms_norm on a CPU: 1.2 against 2.6 ms for 2336 tokens of 16 x 64.
+        wide = x.float()
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        return (wide * square.div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(factor).to(x.dtype)
+    if factor.dim() == 1:
+        return F.rms_norm(x, (x.shape[-1],), factor, eps)
+    return F.rms_norm(x, (x.shape[-1],), None, eps) * factor
+
+
+def _is_eager_cpu(x: Tensor) -> bool:
+    """Whether operations run one by one on a CPU, where each pass over memory counts."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class FeedForward(nn.Module):
@@ -226,7 +243,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w13(x).chunk(2, dim=-1)
-        # In place: fresh memory for a product this large costs more than computing it (page faults).
+        # In place: fresh memory for a product this large costs more than filling it.
         return self.w2(clamp_float16(F.silu(gate, inplace=True).mul_(value)))
 
 
@@ -292,10 +309,6 @@ class Block(nn.Module):
         x = x + _rms_norm(branch, gate_attn)
         branch = clamp_float16(self.feed_forward(_rms_norm(x, scale_ffn)))
         return x + _rms_norm(branch, gate_ffn)
-
-
-def _rms_norm(x: Tensor, factor: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), factor, NORM_EPS)
 
 
 class Transformer(nn.Module):
@@ -373,7 +386,7 @@ class Transformer(nn.Module):
         Returns:
             [batch, `padded_length(tokens)`, dim] in the network's dtype.
         """
-        normed = F.rms_norm(features.to(self.dtype), (features.shape[-1],), self.cap_norm, NORM_EPS)
+        normed = _rms_norm(features.to(self.dtype), self.cap_norm)
         caption = _pad(self.cap_embedder(normed), self.cap_pad_token)
         rotary = self.rotary_table(0, 0, caption.shape[1])
         for block in _blocks(self.context_refiner):
@@ -508,8 +521,8 @@ def _block_tensors(name: str, block: Block) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {
         "attention.qkv.weight": block.attention.qkv.weight,
         "attention.out.weight": block.attention.out.weight,
-        "attention.q_norm.weight": block.attention.q_norm,
-        "attention.k_norm.weight": block.attention.k_norm,
+        "attention.q_norm.weight": block.attention.qk_norm[0],
+        "attention.k_norm.weight": block.attention.qk_norm[1],
     }
     for key, tensor in block.feed_forward.native_tensors().items():
         tensors[f"feed_forward.{key}"] = tensor
