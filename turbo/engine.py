@@ -38,6 +38,7 @@ from turbo.pipeline import (
     draw_noise,
     encode_prompt,
     prepare_stage,
+    refine,
     run_stage,
     upscale,
 )
@@ -194,7 +195,7 @@ class Engine:
         words = Tokenizer.from_path(files.require_tokenizer())
         for item in loras:  # a wrong name shows before gigabytes are read
             LoraChoice.parse(item, files.loras_dir, plan.lora.default_strength)
-        models, fuser = _load(files, words, device, dtype, on_progress)
+        models, fuser = _load(files, words, plan, device, dtype, on_progress)
         engine = cls(models, files, plan, fuser)
         if loras:
             engine.set_loras(loras, strict=strict_loras)
@@ -418,8 +419,10 @@ class Engine:
     def _caption(self, text: str, max_tokens: int | None = None) -> Caption:
         key = f"{max_tokens}:{text}"
         if key not in self._captions:
-            with self._loaded(self.models.text_encoder), self._loaded(self.models.transformer):
-                caption = encode_prompt(self.models, text, max_tokens=max_tokens)
+            with self._loaded(self.models.text_encoder):
+                features = encode_prompt(self.models, text, max_tokens=max_tokens)
+            with self._loaded(self.models.transformer):
+                caption = refine(self.models, features)
             _keep(self._captions, key, caption, CAPTIONS_KEPT)
         self._captions.move_to_end(key)
         return self._captions[key]
@@ -542,6 +545,7 @@ def autoencoder_dtype(dtype: torch.dtype) -> torch.dtype:
 def _load(
     files: ModelFiles,
     tokenizer: Tokenizer,
+    plan: Plan,
     device: torch.device,
     dtype: torch.dtype,
     on_progress: OnProgress | None,
@@ -556,9 +560,10 @@ def _load(
     check_fit(Transformer(network_config, "meta"), checkpoints[NETWORK])
     check_fit(TextEncoder(text_config, "meta"), checkpoints[TEXT_ENCODER])
     check_fit(Autoencoder(picture_config, "meta"), checkpoints[AUTOENCODER])
-    transformer = Transformer(network_config, device, dtype)
-    text_encoder = TextEncoder(text_config, device, dtype)
-    autoencoder = Autoencoder(picture_config, device, autoencoder_dtype(dtype))
+    home = torch.device("cpu") if plan.performance.enable_model_cpu_offload else device
+    transformer = Transformer(network_config, home, dtype)
+    text_encoder = TextEncoder(text_config, home, dtype)
+    autoencoder = Autoencoder(picture_config, home, autoencoder_dtype(dtype))
     if tokenizer.vocabulary_size > text_encoder.config.vocab_size:
         raise BadInputError(
             f"the tokenizer knows {tokenizer.vocabulary_size} ids, the text encoder only "
@@ -578,8 +583,8 @@ def _load(
 
         load_weights(module, checkpoints[component], on_progress=report)
     fusable: dict[str, WeightHolder] = {NETWORK: transformer, TEXT_ENCODER: text_encoder}
-    models = Models(tokenizer, text_encoder, transformer, autoencoder, transformer)
-    return models, LoraFuser(fusable, checkpoints)
+    models = Models(tokenizer, text_encoder, transformer, autoencoder, transformer, device)
+    return models, LoraFuser(fusable, checkpoints, keep_files=plan.lora.cache_models)
 
 
 def _as_plan(plan: Plan | str | Path | None, default: Plan) -> Plan:

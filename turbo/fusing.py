@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from turbo.errors import LoraError
 from turbo.lora import Lora, Patch, apply_patches, match_lora, read_lora, require_full_match
 from turbo.model_files import resolve_lora
 from turbo.names import TEXT_ENCODER
+
+FILES_KEPT = 4
 
 Target = tuple[str, str]
 """(component, native tensor name)."""
@@ -76,13 +79,19 @@ class LoraFuser:
     Args:
         modules: Component -> loaded module.
         checkpoints: Component -> the files it was loaded from.
+        keep_files: Keep the last LoRA files in memory, for services that switch between a few.
     """
 
     def __init__(
-        self, modules: Mapping[str, WeightHolder], checkpoints: Mapping[str, Checkpoint]
+        self,
+        modules: Mapping[str, WeightHolder],
+        checkpoints: Mapping[str, Checkpoint],
+        *,
+        keep_files: bool = False,
     ) -> None:
         self._modules = modules
         self._checkpoints = checkpoints
+        self._read = lru_cache(maxsize=FILES_KEPT if keep_files else 0)(_read_version)
         self._fused: tuple[LoraChoice, ...] = ()
         self._changed: set[Target] = set()
         self._described: list[dict[str, Any]] = []
@@ -104,7 +113,7 @@ class LoraFuser:
         choices = tuple(choices)
         if choices == self._fused:
             return False
-        loras = [(choice, read_lora(choice.path)) for choice in choices]
+        loras = [(choice, self._read(choice.path, choice.stamp)) for choice in choices]
         patches = self._collect(loras, strict)
         targets = self._changed | patches.keys()
         for component in {component for component, _ in targets}:
@@ -167,6 +176,11 @@ class LoraFuser:
                 wanted = patches.get((component, name), ())
                 _write_weight(checkpoint, name, tensors[name], wanted)
             checkpoint.release()
+
+
+def _read_version(path: Path, stamp: tuple[int, int]) -> Lora:
+    """Read a file; `stamp` tells its versions apart."""
+    return read_lora(path)
 
 
 def _write_weight(

@@ -29,6 +29,9 @@ OnStep = Callable[[int, int], None]
 """Called with (denoiser evaluations done, evaluations in all)."""
 
 
+_CPU = torch.device("cpu")
+
+
 @dataclass(slots=True)
 class Models:
     """The parts that make a picture."""
@@ -39,11 +42,8 @@ class Models:
     autoencoder: Autoencoder
     network: Network
     """What runs a network call: the transformer itself or a faster stand-in."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.transformer.x_pad_token.device
+    device: torch.device = _CPU
+    """Where the work is done; modules may be kept elsewhere while they rest."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,16 +142,16 @@ class StageResult:
     """Network calls wanted, skipped ones included."""
 
 
-def encode_prompt(models: Models, prompt: str, *, max_tokens: int | None = None) -> Caption:
-    """Tokens, text encoder, caption embedder and context refiner: once a prompt."""
+def encode_prompt(models: Models, prompt: str, *, max_tokens: int | None = None) -> Tensor:
+    """Tokenize a prompt and run the text encoder: features, [1, tokens, caption_dim]."""
     ids = models.tokenizer.encode_prompt(prompt, max_tokens=max_tokens)
     mask = attention_mask(ids, models.tokenizer.pad_id)
-    hidden = None if all(mask) else torch.tensor([mask])
-    return refine(models, models.text_encoder.encode(torch.tensor([ids]), hidden))
+    visible = None if all(mask) else torch.tensor([mask])
+    return models.text_encoder.encode(torch.tensor([ids]), visible)
 
 
 def refine(models: Models, features: Tensor) -> Caption:
-    """Turn text-encoder features, [1, tokens, caption_dim], into the network's caption."""
+    """Turn `encode_prompt`'s features into the network's caption: once a prompt."""
     return Caption(models.transformer.refine_caption(features), features.shape[1])
 
 

@@ -202,7 +202,7 @@ def _rms_norm(x: Tensor, factor: Tensor, eps: float = NORM_EPS) -> Tensor:
     if _is_eager_cpu(x):
         # Half the passes of F.rms_norm on a CPU: 1.2 against 2.6 ms for 2336 tokens of 16 x 64.
         wide = x.float()
-        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        square: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         return (wide * square.div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(factor).to(x.dtype)
     if factor.dim() == 1:
         return F.rms_norm(x, (x.shape[-1],), factor, eps)

@@ -68,6 +68,7 @@ class ModelStore:
             transformer=transformer,
             autoencoder=self.autoencoder(autoencoder),
             network=transformer,
+            device=self.device,
         )
 
 

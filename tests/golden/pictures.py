@@ -35,7 +35,7 @@ def check_easycache(case: Case, store: ModelStore, tokenizer: Path | None) -> It
     """Decisions, their sums, and the final latent of runs with a step cache."""
     tensors = case.tensors()
     network = store.transformer(case.facts["weights"])
-    models = Models(None, None, network, None, network)  # type: ignore[arg-type]
+    models = Models(None, None, network, None, network, store.device)  # type: ignore[arg-type]
     captions: dict[str, Caption] = {}
     for name, value in tensors.items():
         if value.dim() == 3:
@@ -60,7 +60,7 @@ def check_easycache(case: Case, store: ModelStore, tokenizer: Path | None) -> It
             settings = CacheSettings(threshold=facts["threshold"], start=start, end=end)
             cache = make_cache(settings, stage.shift)
             cache.sums = []
-        noise = draw_noise(prepared, facts["seed"], store.device)
+        noise = draw_noise(prepared, facts["seed"], store.device, noise_device=torch.device("cpu"))
         result = run_stage(
             models,
             prepared,
@@ -217,7 +217,8 @@ def _run_stage(
 ) -> Tensor:
     facts = case.facts
     prepared = prepare_stage(models.transformer, stage)
-    noise = draw_noise(prepared, facts["seed"] + stage.seed_offset, models.device)
+    seed = facts["seed"] + stage.seed_offset
+    noise = draw_noise(prepared, seed, models.device, noise_device=torch.device("cpu"))
     if f"sigmas{number}" in tensors:
         sigmas = as_tensor(prepared.sigmas)
         outcome.compare(f"sigmas{number}", sigmas, tensors[f"sigmas{number}"], 1e-6, 1e-5)
