@@ -51,12 +51,7 @@ def resolve_plan(args: Namespace) -> Plan:
         PlanError: The file or a number is wrong.
     """
     plan = DEFAULT_PLAN if args.plan is None else load_plan(args.plan)
-    if args.single_stage or not plan.progressive:
-        return plan.single_stage(args.steps, args.cfg)
-    changes = {"steps": args.steps, "cfg": args.cfg}
-    given = {name: value for name, value in changes.items() if value is not None}
-    first, *rest = plan.stages
-    return replace(plan, stages=(replace(first, **given), *rest))
+    return plan.resolved(False if args.single_stage else None, args.steps, args.cfg)
 
 
 def with_model(plan: Plan, args: Namespace) -> Plan:

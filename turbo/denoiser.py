@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turbo.easycache import EasyCache
+from turbo.easycache import StepCache
 from turbo.sigmas import as_float32
 from turbo.transformer import Transformer
 
@@ -85,7 +85,7 @@ class Denoiser:
         negative: Caption | None = None,
         *,
         cfg: float = 1.0,
-        cache: EasyCache | None = None,
+        cache: StepCache | None = None,
         aliased: bool = False,
     ) -> None:
         self.network = network

@@ -22,7 +22,7 @@ STRIDE = 8
 """Every how many rows and columns the distances look at."""
 
 
-class EasyCache:
+class StepCache:
     """State of one sampler run; make a new one for each.
 
     Args:

@@ -10,11 +10,11 @@ import contextlib
 import secrets
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -24,25 +24,35 @@ from turbo._version import __version__
 from turbo.autoencoder import Autoencoder, AutoencoderConfig
 from turbo.checkpoint import WeightHolder, check_fit, load_weights
 from turbo.denoiser import Caption, is_unguided
-from turbo.errors import BadInputError, NonFiniteLatentError
+from turbo.errors import BadInputError, LoraError, NonFiniteLatentError
 from turbo.fusing import LoraChoice, LoraFuser
 from turbo.image_input import latent_of_image
+from turbo.latent import STRIDE
 from turbo.model_files import ModelFiles, find_model_files
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.noise import MAX_SEED, check_seed
 from turbo.pipeline import (
+    Drawing,
     Models,
     PreparedStage,
-    StageResult,
+    StageNoise,
     decode,
     draw_noise,
     encode_prompt,
     prepare_stage,
     refine,
-    run_stage,
-    upscale,
+    run_stages,
 )
-from turbo.plan import DEFAULT_PLAN, ModelSettings, Plan, Stage, load_plan, plan_to_dict
+from turbo.plan import (
+    DEFAULT_PLAN,
+    ModelSettings,
+    Performance,
+    Plan,
+    Stage,
+    load_plan,
+    plan_to_dict,
+)
+from turbo.tensor_cache import TensorCache
 from turbo.text_encoder import TextEncoder, TextEncoderConfig
 from turbo.tokenizer import Tokenizer
 from turbo.transformer import Transformer, TransformerConfig
@@ -50,8 +60,9 @@ from turbo.transformer import Transformer, TransformerConfig
 OnProgress = Callable[[str, int, int], None]
 """Called with (stage name, steps done, steps in all)."""
 
-CAPTIONS_KEPT = 64
-STAGES_KEPT = 32
+CACHE_BYTES = 256 << 20
+"""Of captions, and as many of modulation tables (31 MiB for the full-size third stage)."""
+WARMUP_PROMPT = "a picture that is long enough to have more tokens than the empty prompt"
 VAE_TILE = 64
 """Latent positions a side of a tile when the plan asks for a tiled decode."""
 MAX_IMAGES = 1000
@@ -75,7 +86,8 @@ class Result:
     seeds: list[int]
     """The seed of each picture."""
     timings: dict[str, float]
-    """Seconds: `prompt`, each stage by its name, `decode`, `total`, over all pictures."""
+    """Seconds: `prompt`, `encode` of a given picture, each stage by its name, `decode`, `total`;
+    over all pictures."""
     skips: dict[str, tuple[int, int]]
     """Stage name -> (network calls the step cache saved, network calls wanted), all pictures."""
     stage_images: list[dict[str, Image.Image]]
@@ -102,20 +114,39 @@ class WarmupReport:
     """Stage names, `prompt` and `decode` -> seconds of their first run."""
 
 
-@dataclass(slots=True)
 class _Meter:
-    """Times parts of a request, waiting for the device at each part's end."""
+    """Times parts of a request; on a GPU with events, so that nothing waits for the clock."""
 
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
+        """Time a block; parts of the same name add up."""
+        if self._device.type == "cuda":
+            begin, end = (_event() for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+            return
         start = time.perf_counter()
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self._add(name, time.perf_counter() - start)
+
+    def read(self) -> dict[str, float]:
+        """Seconds by part; waits for the device."""
+        if self._events:
+            torch.cuda.synchronize(self._device)
+        for name, begin, end in self._events:
+            self._add(name, begin.elapsed_time(end) / 1000)
+        self._events.clear()
+        return self._seconds
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
 
 class Engine:
@@ -124,15 +155,28 @@ class Engine:
     Make one with `Engine.from_pretrained`.
     """
 
-    def __init__(self, models: Models, files: ModelFiles, plan: Plan, fuser: LoraFuser) -> None:
+    def __init__(
+        self,
+        models: Models,
+        files: ModelFiles,
+        plan: Plan,
+        fuser: LoraFuser,
+        *,
+        strict_loras: bool = True,
+    ) -> None:
         self.models = models
         self.files = files
         self.plan = plan
         self._fuser = fuser
         self._loras: tuple[LoraChoice, ...] = ()
-        self._strict = True
-        self._captions: OrderedDict[str, Caption] = OrderedDict()
-        self._stages: OrderedDict[Stage, PreparedStage] = OrderedDict()
+        self._strict = strict_loras
+        self._captions = TensorCache[tuple[str, int | None], Caption](
+            CACHE_BYTES, lambda caption: caption.tokens.nbytes
+        )
+        self._stages = TensorCache[Stage, PreparedStage](
+            CACHE_BYTES, lambda prepared: prepared.modulation.rows.nbytes
+        )
+        self._noise_pool = ThreadPoolExecutor(1, "turbo-noise")
         self._lock = threading.RLock()
 
     @classmethod
@@ -196,7 +240,7 @@ class Engine:
         for item in loras:  # a wrong name shows before gigabytes are read
             LoraChoice.parse(item, files.loras_dir, plan.lora.default_strength)
         models, fuser = _load(files, words, plan, device, dtype, on_progress)
-        engine = cls(models, files, plan, fuser)
+        engine = cls(models, files, plan, fuser, strict_loras=strict_loras)
         if loras:
             engine.set_loras(loras, strict=strict_loras)
         return engine
@@ -218,7 +262,7 @@ class Engine:
             LoraError: A file is missing, damaged or not for this model; the weights are as before.
         """
         with self._lock:
-            choices = self._choose(loras)
+            choices = self._choose(loras, self.plan.lora.default_strength)
             self._fuse(choices, strict)
             self._loras, self._strict = choices, strict
 
@@ -230,6 +274,7 @@ class Engine:
             on_progress: Called with (part, 0 or 1, 1).
         """
         meter = _Meter(self.models.device)
+        plan = self.plan.resolved()
 
         @contextlib.contextmanager
         def part(name: str) -> Iterator[None]:
@@ -240,20 +285,29 @@ class Engine:
             if on_progress:
                 on_progress(name, 1, 1)
 
-        with self._lock:
+        with self._lock, self._on_device(self.models.transformer):
             with part("prompt"):
-                positive, negative = self._caption(""), self._caption("")
+                short, long = self._encode(["", WARMUP_PROMPT], None)
             latent: Tensor | None = None
-            for stage in self._resolve(None, None, None, None).stages:
+            for stage in plan.stages:
                 with part(stage.name):
                     self._prepared(stage)
-                    once = replace(stage, node="custom", scheduler="simple", steps=1)
-                    once = replace(once, denoise=1.0, easycache=None)
-                    latent = self._run(once, positive, negative, 0, latent, None).latent
-            if latent is not None:
-                with part("decode"):
-                    self._decode(latent)
-        return WarmupReport(seconds=meter.seconds)
+                    once = replace(stage, node="custom", scheduler="simple", steps=1, denoise=1.0)
+                    prepared = prepare_stage(self.models.transformer, once)
+                    # Captions of one length share a call with guidance, those of two do not.
+                    for positive in (short, long):
+                        drawing = Drawing(
+                            positive=positive,
+                            negative=short,
+                            noise=self._noise([prepared], 0),
+                            latent=latent,
+                        )
+                        (result,) = run_stages(self.models, [prepared], drawing)
+                    latent = result.latent
+            assert latent is not None
+            with part("decode"):
+                self._decode(latent, plan.performance)
+        return WarmupReport(seconds=meter.read())
 
     @torch.inference_mode()
     def generate(
@@ -274,6 +328,7 @@ class Engine:
         max_tokens: int | None = None,
         on_progress: OnProgress | None = None,
         keep_stages: bool = False,
+        strict_loras: bool | None = None,
     ) -> Result:
         """Make pictures of a prompt.
 
@@ -285,7 +340,8 @@ class Engine:
             loras: For this request alone, in place of `set_loras`' (an empty list: none).
             progressive: False makes the picture in one stage at the last stage's size; None does
                 what the plan says.
-            plan: A plan or plan file for this request; None is the engine's.
+            plan: A plan or plan file for this request; None is the engine's. Where the model is and
+                whether it is offloaded stays as the engine was made.
             num_inference_steps: Steps of the first stage (of the only one, if not progressive).
             guidance_scale: cfg of the first stage, in ComfyUI's sense: 1 is off.
             num_images: How many; picture i is the one that seed + i alone gives.
@@ -297,6 +353,7 @@ class Engine:
             on_progress: Called with (stage name, denoiser evaluations done, evaluations in all),
                 at the start of each stage and after each evaluation.
             keep_stages: Also decode every stage's latent.
+            strict_loras: Refuse LoRAs of which some keys fit nothing; None as `set_loras` had it.
 
         Returns:
             Pictures, seeds, timings, step-cache counts and metadata.
@@ -311,184 +368,206 @@ class Engine:
         if num_images > MAX_IMAGES:
             raise BadInputError(f"num_images must be at most {MAX_IMAGES}, got {num_images}")
         first_seed = secrets.randbits(48) if seed is None else check_seed(seed)
-        resolved = self._resolve(plan, progressive, num_inference_steps, guidance_scale)
+        chosen = _as_plan(plan, self.plan)
+        resolved = chosen.resolved(progressive, num_inference_steps, guidance_scale)
         stages = _stages_from_image(resolved.stages, image, strength)
         seeds = [(first_seed + index) % (MAX_SEED + 1) for index in range(num_images)]
         text = f"{trigger_word}, {prompt}" if trigger_word else prompt
         meter = _Meter(self.models.device)
         with self._lock, meter.part("total"):
-            choices = self._loras if loras is None else self._choose(loras)
-            self._fuse(choices, self._strict)
+            default = resolved.lora.default_strength
+            choices = self._loras if loras is None else self._choose(loras, default)
+            self._fuse(choices, self._strict if strict_loras is None else strict_loras)
             with meter.part("prompt"):
-                positive = self._caption(text, max_tokens)
                 guided = not all(is_unguided(stage.cfg) for stage in stages)
-                negative = self._caption(negative_prompt, max_tokens) if guided else None
-            request = _Request(stages, positive, negative, image, on_progress, keep_stages, meter)
+                positive, *others = self._encode([text, *[negative_prompt] * guided], max_tokens)
+            request = _Request(
+                stages=stages,
+                positive=positive,
+                negative=others[0] if others else None,
+                latent=None if image is None else self._encode_image(image, stages[0], meter),
+                performance=resolved.performance,
+                on_progress=on_progress,
+                keep_stages=keep_stages,
+                meter=meter,
+            )
             pictures = [self._picture(request, one) for one in seeds]
-            description: dict[str, Any] = {
-                "version": __version__,
-                "prompt": prompt,
-                "negative_prompt": negative_prompt,
-                "trigger_word": trigger_word,
-                "plan": plan_to_dict(replace(resolved, model=ModelSettings())),  # no local paths
-                "loras": self._fuser.describe(),
-                "models": {
-                    "network": self.files.network.name,
-                    "text_encoder": self.files.text_encoder.name,
-                    "vae": self.files.vae.name,
-                },
-                "device": self.models.device.type,
-                "dtype": str(self.models.dtype).removeprefix("torch."),
-            }
-            if image is not None:
-                description |= {"first_stage": stages[0].name, "strength": stages[0].denoise}
+            used_loras = self._fuser.describe()
+        description: dict[str, Any] = {
+            "version": __version__,
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "trigger_word": trigger_word,
+            "plan": plan_to_dict(replace(resolved, model=ModelSettings())),  # no local paths
+            "loras": used_loras,
+            "models": {
+                "network": self.files.network.name,
+                "text_encoder": self.files.text_encoder.name,
+                "vae": self.files.vae.name,
+            },
+            "device": self.models.device.type,
+            "dtype": _name(self.models.dtype),
+        }
+        if image is not None:
+            description |= {"first_stage": stages[0].name, "strength": stages[0].denoise}
         return Result(
             images=[picture.image for picture in pictures],
             seeds=seeds,
-            timings=meter.seconds,
+            timings=meter.read(),
             skips=_sum_skips(pictures),
             stage_images=[picture.stages for picture in pictures] if keep_stages else [],
             metadata=[{**description, "seed": one} for one in seeds],
         )
 
     def _picture(self, request: _Request, seed: int) -> _Picture:
-        latent: Tensor | None = None
         finite: dict[str, Tensor] = {}
         skips: dict[str, tuple[int, int]] = {}
-        pictures: dict[str, Image.Image] = {}
-        if request.image is not None:
-            with request.meter.part("encode"), self._loaded(self.models.autoencoder):
-                latent = latent_of_image(
-                    self.models.autoencoder, request.image, request.stages[0], self.models.device
-                )
-        for stage in request.stages:
-            with request.meter.part(stage.name):
-                result = self._run(
-                    stage, request.positive, request.negative, seed, latent, request.on_progress
-                )
-            latent = result.latent
-            finite[stage.name] = latent.isfinite().all()
-            skips[stage.name] = (result.skipped, result.calls)
-            if request.keep_stages and stage is not request.stages[-1]:
-                with request.meter.part("decode"):
-                    pictures[stage.name] = self._decode(latent)
-        assert latent is not None
-        self._require_finite(finite)
-        with request.meter.part("decode"):
-            image = self._decode(latent)
-        pictures[request.stages[-1].name] = image
-        return _Picture(image, pictures, skips)
+        latents: dict[str, Tensor] = {}
 
-    def _run(
-        self,
-        stage: Stage,
-        positive: Caption,
-        negative: Caption | None,
-        seed: int,
-        latent: Tensor | None,
-        on_progress: OnProgress | None,
-    ) -> StageResult:
-        with self._loaded(self.models.transformer):
-            prepared = self._prepared(stage)
-            noise = draw_noise(
+        def on_step(stage: Stage, done: int, total: int) -> None:
+            if request.on_progress is not None:
+                request.on_progress(stage.name, done, total)
+
+        with self._on_device(self.models.transformer):
+            prepared = [self._prepared(stage) for stage in request.stages]
+            drawing = Drawing(
+                positive=request.positive,
+                negative=request.negative,
+                noise=self._noise(prepared, seed),
+                latent=request.latent,
+            )
+            results = run_stages(self.models, prepared, drawing, on_step=on_step)
+            for stage in request.stages:
+                with request.meter.part(stage.name):
+                    result = next(results)
+                latents[stage.name] = result.latent
+                finite[stage.name] = result.latent.isfinite().all()
+                skips[stage.name] = (result.skipped, result.calls)
+        self._require_finite(finite)
+        last = request.stages[-1].name
+        shown = request.stages if request.keep_stages else request.stages[-1:]
+        with request.meter.part("decode"):
+            pictures = {
+                stage.name: self._decode(latents[stage.name], request.performance)
+                for stage in shown
+            }
+        return _Picture(pictures[last], pictures, skips)
+
+    def _noise(
+        self, stages: Sequence[PreparedStage], seed: int
+    ) -> Callable[[PreparedStage], StageNoise]:
+        """Every stage's random numbers; beside a GPU they are drawn ahead, while it works."""
+
+        def draw(prepared: PreparedStage) -> StageNoise:
+            return draw_noise(
                 prepared,
-                (seed + stage.seed_offset) % (MAX_SEED + 1),
+                (seed + prepared.stage.seed_offset) % (MAX_SEED + 1),
                 self.models.device,
                 channels=self.models.transformer.config.channels,
             )
 
-            def on_step(step: int, total: int) -> None:
-                if on_progress is not None:
-                    on_progress(stage.name, step, total)
+        if self.models.device.type == "cpu":
+            return draw
+        drawn = {prepared.stage: self._noise_pool.submit(draw, prepared) for prepared in stages}
+        return lambda prepared: drawn[prepared.stage].result()
 
-            on_step(0, len(prepared.trace.evaluations))
-            latent = None if latent is None else upscale(latent, stage)
-            return run_stage(
-                self.models, prepared, positive, negative, noise, latent, on_step=on_step
-            )
+    def _encode_image(self, image: Image.Image, stage: Stage, meter: _Meter) -> Tensor:
+        with meter.part("encode"), self._on_device(self.models.autoencoder):
+            return latent_of_image(self.models.autoencoder, image, stage, self.models.device)
 
-    def _decode(self, latent: Tensor) -> Image.Image:
-        performance = self.plan.performance
+    def _decode(self, latent: Tensor, performance: Performance) -> Image.Image:
+        autoencoder = self.models.autoencoder
         tile = VAE_TILE if performance.enable_vae_tiling else None
-        with self._loaded(self.models.autoencoder):
-            pixels = decode(
-                self.models.autoencoder, latent, slicing=performance.enable_vae_slicing, tile=tile
+        with self._on_device(autoencoder):
+            pixels, finite = decode(
+                autoencoder, latent, slicing=performance.enable_vae_slicing, tile=tile
+            )
+        if not finite:
+            dtype = _name(next(autoencoder.parameters()).dtype)
+            raise NonFiniteLatentError(
+                f"the decoder's picture is not finite in {dtype}, no picture was made; use dtype "
+                "float32, or another autoencoder file"
             )
         return Image.fromarray(pixels[0].cpu().numpy())
 
-    def _caption(self, text: str, max_tokens: int | None = None) -> Caption:
-        key = f"{max_tokens}:{text}"
-        if key not in self._captions:
-            with self._loaded(self.models.text_encoder):
-                features = encode_prompt(self.models, text, max_tokens=max_tokens)
-            with self._loaded(self.models.transformer):
-                caption = refine(self.models, features)
-            _keep(self._captions, key, caption, CAPTIONS_KEPT)
-        self._captions.move_to_end(key)
-        return self._captions[key]
+    def _encode(self, texts: Sequence[str], max_tokens: int | None) -> list[Caption]:
+        """Captions of prompts; each model part is needed once for all of them."""
+        known = {text: self._captions.find((text, max_tokens)) for text in texts}
+        missing = [text for text, caption in known.items() if caption is None]
+        if missing:
+            with self._on_device(self.models.text_encoder):
+                features = [encode_prompt(self.models, t, max_tokens=max_tokens) for t in missing]
+            with self._on_device(self.models.transformer):
+                made = [refine(self.models, feature) for feature in features]
+            for text, caption in zip(missing, made):
+                self._captions.put((text, max_tokens), caption)
+            known |= zip(missing, made)
+        return [cast("Caption", known[text]) for text in texts]
 
     def _prepared(self, stage: Stage) -> PreparedStage:
-        if stage not in self._stages:
-            prepared = prepare_stage(self.models.transformer, stage)
-            _keep(self._stages, stage, prepared, STAGES_KEPT)
-        self._stages.move_to_end(stage)
-        return self._stages[stage]
+        """A stage with its tables, which depend on its schedule and size alone."""
+        same = replace(
+            stage, name="any", cfg=1.0, seed_offset=0, upscale="nearest-exact", easycache=None
+        )
+        prepared = self._stages.find(same)
+        if prepared is None:
+            prepared = prepare_stage(self.models.transformer, same)
+            self._stages.put(same, prepared)
+        return replace(prepared, stage=stage)
 
     @contextlib.contextmanager
-    def _loaded(self, module: nn.Module) -> Iterator[None]:
-        """Have a module on the device while it is used, if the plan keeps it off in between."""
-        if not self.plan.performance.enable_model_cpu_offload or self.models.device.type == "cpu":
+    def _on_device(self, module: nn.Module) -> Iterator[None]:
+        """Have a module's weights on the device while it is used.
+
+        Only an offloaded module needs it. Its weights stay where they rest, a copy goes to the
+        device and is dropped afterwards: nothing is copied back.
+        """
+        if next(module.parameters()).device.type == self.models.device.type:
             yield
             return
-        module.to(self.models.device)
+        resting = [(parameter, parameter.data) for parameter in module.parameters()]
         try:
+            for parameter, weight in resting:
+                parameter.data = weight.to(self.models.device)
             yield
         finally:
-            module.to("cpu")
+            for parameter, weight in resting:
+                parameter.data = weight
 
-    def _choose(self, loras: Sequence[Any]) -> tuple[LoraChoice, ...]:
-        default = self.plan.lora.default_strength
-        return tuple(LoraChoice.parse(item, self.files.loras_dir, default) for item in loras)
+    def _choose(self, loras: Sequence[Any], default_strength: float) -> tuple[LoraChoice, ...]:
+        if isinstance(loras, str | Path):
+            raise LoraError(f"loras must be a list, got {str(loras)!r}; put it in brackets")
+        folder = self.files.loras_dir
+        return tuple(LoraChoice.parse(item, folder, default_strength) for item in loras)
 
     def _fuse(self, choices: tuple[LoraChoice, ...], strict: bool) -> None:
-        if self._fuser.fuse(choices, strict=strict):
-            self._captions.clear()
-            self._stages.clear()
-
-    def _resolve(
-        self,
-        plan: Plan | str | Path | None,
-        progressive: bool | None,
-        steps: int | None,
-        cfg: float | None,
-    ) -> Plan:
-        resolved = _as_plan(plan, self.plan)
-        wanted = resolved.progressive if progressive is None else progressive
-        if not wanted:
-            return resolved.single_stage(steps, cfg)
-        first, *rest = resolved.stages
-        first = first if steps is None else replace(first, steps=steps)
-        first = first if cfg is None else replace(first, cfg=cfg)
-        return replace(resolved, progressive=True, stages=(first, *rest))
+        written = True  # as far as is known, should it fail
+        try:
+            written = self._fuser.fuse(choices, strict=strict)
+        finally:
+            if written:
+                self._captions.clear()
+                self._stages.clear()
 
     def _require_finite(self, finite: dict[str, Tensor]) -> None:
         """One read-back for all stages; the first bad one is named."""
         if torch.stack(list(finite.values())).all():
             return
         stage = next(name for name, flag in finite.items() if not flag)
-        dtype = str(self.models.dtype).removeprefix("torch.")
+        dtype = _name(self.models.dtype)
         raise NonFiniteLatentError(
             f"the latent of {stage} is not finite in {dtype}, no picture was made; use "
             f"{'bfloat16 or float32' if dtype == 'float16' else 'float32'}, or weaker LoRAs"
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Request:
     stages: Sequence[Stage]
     positive: Caption
     negative: Caption | None
-    image: Image.Image | None
+    latent: Tensor | None
+    performance: Performance
     on_progress: OnProgress | None
     keep_stages: bool
     meter: _Meter
@@ -561,6 +640,11 @@ def _load(
     check_fit(TextEncoder(text_config, "meta"), checkpoints[TEXT_ENCODER])
     check_fit(Autoencoder(picture_config, "meta"), checkpoints[AUTOENCODER])
     home = torch.device("cpu") if plan.performance.enable_model_cpu_offload else device
+    if picture_config.stride != STRIDE:
+        raise BadInputError(
+            f"the autoencoder makes {picture_config.stride} pixels of a latent cell, Z-Image needs "
+            f"{STRIDE}: it is of another model"
+        )
     transformer = Transformer(network_config, home, dtype)
     text_encoder = TextEncoder(text_config, home, dtype)
     autoencoder = Autoencoder(picture_config, home, autoencoder_dtype(dtype))
@@ -615,10 +699,12 @@ def _check_texts(**texts: str) -> None:
             raise BadInputError(f"{name} must be a string, got {type(text).__name__}")
 
 
-def _keep(cache: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
-    cache[key] = value
-    while len(cache) > most:
-        cache.popitem(last=False)
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _sum_skips(pictures: Sequence[_Picture]) -> dict[str, tuple[int, int]]:

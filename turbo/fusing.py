@@ -49,7 +49,7 @@ class LoraChoice:
         Raises:
             LoraError: It is none of these, the file is missing, or a strength is not finite.
         """
-        values = (item,) if isinstance(item, str | Path) else tuple(item)
+        values = tuple(item) if isinstance(item, tuple | list) else (item,)
         if not 1 <= len(values) <= 3 or not isinstance(values[0], str | Path):
             raise LoraError(
                 f"a LoRA must be a path or name, (path, strength) or (path, strength, text "
@@ -92,7 +92,8 @@ class LoraFuser:
         self._modules = modules
         self._checkpoints = checkpoints
         self._read = lru_cache(maxsize=FILES_KEPT if keep_files else 0)(_read_version)
-        self._fused: tuple[LoraChoice, ...] = ()
+        self._fused: tuple[LoraChoice, ...] | None = ()  # None: not known, a write failed
+        self._fused_strictly = True
         self._changed: set[Target] = set()
         self._described: list[dict[str, Any]] = []
 
@@ -108,21 +109,23 @@ class LoraFuser:
 
         Raises:
             LoraError: A file does not fit; no weight was touched.
+        Exception: Writing failed; the weights are the checkpoint's, without any LoRA.
             CheckpointError: The checkpoint's files have changed, so its weights cannot be restored.
         """
         choices = tuple(choices)
-        if choices == self._fused:
+        if choices == self._fused and (self._fused_strictly or not strict):
             return False
         loras = [(choice, self._read(choice.path, choice.stamp)) for choice in choices]
         patches = self._collect(loras, strict)
-        targets = self._changed | patches.keys()
+        targets = self._changed | set(patches)
         for component in {component for component, _ in targets}:
             self._checkpoints[component].check_unchanged()
+        self._note(None, strict, targets, [])
         try:
             self._write(targets, patches)
         except BaseException:
             self._write(targets, {})
-            self._note((), set(), [])
+            self._note((), True, set(), [])
             raise
         described = [
             {
@@ -133,7 +136,7 @@ class LoraFuser:
             }
             for choice, lora in loras
         ]
-        self._note(choices, set(patches), described)
+        self._note(choices, strict, set(patches), described)
         return True
 
     def describe(self) -> list[dict[str, Any]]:
@@ -142,11 +145,13 @@ class LoraFuser:
 
     def _note(
         self,
-        choices: tuple[LoraChoice, ...],
+        choices: tuple[LoraChoice, ...] | None,
+        strictly: bool,
         changed: set[Target],
         described: list[dict[str, Any]],
     ) -> None:
-        self._fused, self._changed, self._described = choices, changed, described
+        self._fused, self._fused_strictly = choices, strictly
+        self._changed, self._described = changed, described
 
     def _collect(
         self, loras: Sequence[tuple[LoraChoice, Lora]], strict: bool

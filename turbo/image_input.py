@@ -19,7 +19,8 @@ def latent_of_image(
 
     Args:
         autoencoder: Encodes.
-        image: Any mode; cut around its centre to the stage's aspect, resized with Lanczos.
+        image: Any mode, without its alpha channel, turned as its EXIF data say; cut around its
+            centre to the stage's aspect, resized with Lanczos.
         stage: Gives the size.
         device: Where the autoencoder is.
 
@@ -31,8 +32,7 @@ def latent_of_image(
     """
     if not isinstance(image, Image.Image):
         raise BadInputError(f"image must be a PIL image, got {type(image).__name__}")
-    fitted = ImageOps.fit(
-        image.convert("RGB"), (stage.width, stage.height), Image.Resampling.LANCZOS
-    )
+    upright = ImageOps.exif_transpose(image).convert("RGB")
+    fitted = ImageOps.fit(upright, (stage.width, stage.height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255)[None]
     return autoencoder.encode(pixels.to(device)).float()

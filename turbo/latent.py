@@ -1,7 +1,8 @@
 """Latents outside and inside a sampler, and their resizing between stages.
 
 Between stages a latent is in the autoencoder's scale ("outside"). A sampler works on
-``(outside - SHIFT) * SCALE``. A latent that is all zero means "nothing there" and stays zero.
+``(outside - SHIFT) * SCALE``. Where the reference has a latent of zeros for "nothing there", which
+it does not convert, we have None.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ so they can be drawn ahead of time and each picture of a batch on its own.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor
 from turbo.errors import BadInputError
 
 MAX_SEED = 2**64 - 1
+PATH_DIGITS = 6
+"""Decimals to which torchsde rounds times at its default tolerance of 1e-6."""
 
 
 def check_seed(seed: int) -> int:
@@ -80,20 +81,21 @@ class BrownianNoise:
     def __init__(self, shape: Sequence[int], seed: int, sigmas: Sequence[float]) -> None:
         import torchsde
 
+        lowest, highest = min(sigma for sigma in sigmas if sigma > 0), max(sigmas)
+        self._start, self._end = round(lowest, PATH_DIGITS), round(highest, PATH_DIGITS)
         self._tree = torchsde.BrownianTree(
-            t0=torch.tensor(min(sigma for sigma in sigmas if sigma > 0)),
+            t0=torch.tensor(lowest),
             w0=torch.zeros(tuple(shape)),
-            t1=torch.tensor(max(sigmas)),
+            t1=torch.tensor(highest),
             entropy=seed,
         )
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
-        upper, lower = torch.tensor(sigma), torch.tensor(sigma_next)
-        with warnings.catch_warnings():
-            # The path's ends are rounded to 6 digits inside, so its own ends seem to lie outside.
-            warnings.simplefilter("ignore", UserWarning)
-            increment = self._tree(lower, upper)
-        noise: Tensor = -increment / (upper - lower).abs().sqrt()
+        # The path's ends are rounded inside, and what lies outside them is moved there with a
+        # warning: moved here, without one.
+        start, end = (min(max(s, self._start), self._end) for s in (sigma_next, sigma))
+        span = torch.tensor(sigma) - torch.tensor(sigma_next)
+        noise: Tensor = -self._tree(start, end) / span.abs().sqrt()
         return noise
 
 

@@ -1,11 +1,11 @@
-"""One picture's way: prompt, noise, stages, upscales, picture.
+"""One picture's way: prompt, stages each larger than the one before, picture.
 
 Functions over `Models`; `Engine` adds loading, LoRAs, caches and timing around them, no meaning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from turbo import plan as plans
 from turbo.autoencoder import Autoencoder, to_pixels, to_uint8
 from turbo.denoiser import Caption, Denoiser, ModulationTable, Network, is_unguided
-from turbo.easycache import EasyCache
+from turbo.easycache import StepCache
 from turbo.errors import BadInputError
 from turbo.latent import STRIDE, from_sampler, resize, start_latent, to_sampler
 from turbo.noise import BrownianNoise, ancestral_noise, start_noise
@@ -25,8 +25,8 @@ from turbo.text_encoder import TextEncoder
 from turbo.tokenizer import Tokenizer, attention_mask
 from turbo.transformer import Transformer
 
-OnStep = Callable[[int, int], None]
-"""Called with (denoiser evaluations done, evaluations in all)."""
+OnStep = Callable[[plans.Stage, int, int], None]
+"""Called with (stage, denoiser evaluations done, evaluations in all)."""
 
 
 _CPU = torch.device("cpu")
@@ -56,6 +56,8 @@ class PreparedStage:
     """What a stage needs that depends on neither prompt nor seed, computed once."""
 
     stage: plans.Stage
+    latent_size: tuple[int, int]
+    """Rows and columns of its latent."""
     sigmas: tuple[float, ...]
     """The schedule as the scheduler made it."""
     followed: tuple[float, ...]
@@ -67,11 +69,6 @@ class PreparedStage:
     rotary: dict[int, Tensor] = field(default_factory=dict)
     """Padded caption length -> rotary table, filled as lengths come."""
 
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        """Rows and columns of the stage's latent."""
-        return self.stage.height // STRIDE, self.stage.width // STRIDE
-
     def rotary_for(self, transformer: Transformer, caption_tokens: int) -> Tensor:
         """The rotary table for a caption length, made at first use."""
         if caption_tokens not in self.rotary:
@@ -81,13 +78,22 @@ class PreparedStage:
         return self.rotary[caption_tokens]
 
 
-def prepare_stage(transformer: Transformer, stage: plans.Stage) -> PreparedStage:
-    """Compute a stage's schedule, its sampler's trace and the modulation of every sigma in it."""
+def prepare_stage(
+    transformer: Transformer, stage: plans.Stage, latent_size: tuple[int, int] | None = None
+) -> PreparedStage:
+    """Compute a stage's schedule, its sampler's trace and the modulation of every sigma in it.
+
+    Args:
+        transformer: Makes the modulation.
+        stage: The stage.
+        latent_size: Rows and columns in place of the stage's own.
+    """
     sigmas = stage_sigmas(stage)
     followed = sampler_sigmas(stage.sampler, sigmas, stage.shift)
     trace = trace_sampler(stage.sampler, followed)
     modulation = ModulationTable.make(transformer, trace.evaluations)
-    return PreparedStage(stage, sigmas, followed, trace, modulation)
+    size = latent_size or (stage.height // STRIDE, stage.width // STRIDE)
+    return PreparedStage(stage, size, sigmas, followed, trace, modulation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,7 @@ def draw_noise(
     device: torch.device,
     *,
     channels: int = 16,
+    batch: int = 1,
     noise_device: torch.device | None = None,
 ) -> StageNoise:
     """Draw a stage's random numbers and bring them to `device`.
@@ -115,19 +122,20 @@ def draw_noise(
         seed: The stage's own seed.
         device: Where the sampler works.
         channels: Latent channels.
+        batch: Latents.
         noise_device: Where ancestral noise is drawn; `device` is the reference's way.
     """
-    shape = (1, channels, *prepared.latent_size)
+    shape = (batch, channels, *prepared.latent_size)
     asked = prepared.trace.noises
     kind = SAMPLERS[prepared.stage.sampler].noise
     steps: list[Tensor] = []
     if kind == "ancestral":
         steps = ancestral_noise(shape, seed, len(asked), noise_device or device)
     elif kind == "brownian" and asked:
-        tree = BrownianNoise(shape, seed, prepared.sigmas)
-        steps = [tree(sigma, sigma_next) for sigma, sigma_next in asked]
-    start = start_noise(shape, seed).to(device, non_blocking=True)
-    return StageNoise(start, tuple(step.to(device, non_blocking=True) for step in steps))
+        path = BrownianNoise(shape, seed, prepared.sigmas)
+        steps = [path(sigma, sigma_next) for sigma, sigma_next in asked]
+    start = start_noise(shape, seed)
+    return StageNoise(start.to(device), tuple(step.to(device) for step in steps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +163,70 @@ def refine(models: Models, features: Tensor) -> Caption:
     return Caption(models.transformer.refine_caption(features), features.shape[1])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """One picture's inputs to its stages."""
+
+    positive: Caption
+    """The caption to follow."""
+    negative: Caption | None = None
+    """The caption to avoid, needed only where cfg is not 1."""
+    noise: Callable[[PreparedStage], StageNoise]
+    """Gives each stage's random numbers when it begins."""
+    latent: Tensor | None = None
+    """Outside latent of any size that the first stage starts from; None for none."""
+
+
+def run_stages(
+    models: Models,
+    stages: Sequence[PreparedStage],
+    drawing: Drawing,
+    *,
+    on_step: OnStep | None = None,
+    cache: Callable[[plans.Stage], StepCache | None] | None = None,
+    aliased: bool = False,
+) -> Iterator[StageResult]:
+    """Denoise through the stages, each starting from the latent of the one before, resized.
+
+    Args:
+        models: The parts.
+        stages: In order.
+        drawing: Captions, noise and the latent to start from.
+        on_step: Called with (stage, denoiser evaluations done, evaluations in all), at a stage's
+            start and after each evaluation.
+        cache: Makes a stage's step cache, for those who want to look into it.
+        aliased: See `Denoiser`.
+
+    Yields:
+        The result of each stage.
+    """
+    latent = drawing.latent
+    for prepared in stages:
+        stage = prepared.stage
+        total = len(prepared.trace.evaluations)
+
+        def report(done: int, stage: plans.Stage = stage, total: int = total) -> None:
+            if on_step is not None:
+                on_step(stage, done, total)
+
+        report(0)
+        if latent is not None:
+            latent = resize(latent, *prepared.latent_size, stage.upscale)
+        result = run_stage(
+            models,
+            prepared,
+            drawing.positive,
+            drawing.negative,
+            drawing.noise(prepared),
+            latent,
+            on_step=report,
+            cache=(cache or make_cache)(stage),
+            aliased=aliased,
+        )
+        latent = result.latent
+        yield result
+
+
 def run_stage(
     models: Models,
     prepared: PreparedStage,
@@ -163,9 +235,9 @@ def run_stage(
     noise: StageNoise,
     latent: Tensor | None = None,
     *,
-    on_step: OnStep | None = None,
+    on_step: Callable[[int], None] | None = None,
+    cache: StepCache | None = None,
     aliased: bool = False,
-    cache: EasyCache | None = None,
 ) -> StageResult:
     """Denoise once, at one size.
 
@@ -176,15 +248,16 @@ def run_stage(
         negative: The caption to avoid, needed only for cfg other than 1.
         noise: From `draw_noise`.
         latent: Outside latent to start from, already of the stage's size; None for none.
-        on_step: Called after each denoiser evaluation.
+        on_step: Called after each denoiser evaluation with how many are done.
+        cache: The step cache of this run, None for none.
         aliased: See `Denoiser`.
-        cache: A step cache to use in place of a new one, for those who want to look into it.
+
+    Raises:
+        BadInputError: cfg needs a negative caption and there is none.
     """
     stage = prepared.stage
     if not is_unguided(stage.cfg) and negative is None:
         raise BadInputError(f"{stage.name} has cfg {stage.cfg:g}, which needs a negative prompt")
-    if cache is None and stage.easycache is not None:
-        cache = make_cache(stage.easycache, stage.shift)
     denoiser = Denoiser(
         models.network,
         prepared.modulation,
@@ -196,7 +269,6 @@ def run_stage(
         aliased=aliased,
     )
     draws = iter(noise.steps)
-    total = len(prepared.trace.evaluations)
     done = 0
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -204,7 +276,7 @@ def run_stage(
         denoised = denoiser(x, sigma)
         done += 1
         if on_step is not None:
-            on_step(done, total)
+            on_step(done)
         return denoised
 
     start = None if latent is None else to_sampler(latent)
@@ -214,24 +286,28 @@ def run_stage(
         prepared.followed,
         lambda sigma, sigma_next: next(draws),
     )
-    calls = total * denoiser.calls
+    calls = len(prepared.trace.evaluations) * denoiser.calls
     return StageResult(from_sampler(x), sum(cache.skipped) if cache else 0, calls)
 
 
-def make_cache(settings: plans.EasyCache, shift: float) -> EasyCache:
-    """A fresh step cache with the plan's percentages turned into sigmas."""
-    return EasyCache(
+def make_cache(stage: plans.Stage) -> StepCache | None:
+    """A fresh step cache as the stage's plan has it, its percentages turned into sigmas."""
+    settings = stage.easycache
+    if settings is None:
+        return None
+    return StepCache(
         settings.threshold,
-        percent_to_sigma(settings.start, shift),
-        percent_to_sigma(settings.end, shift),
+        percent_to_sigma(settings.start, stage.shift),
+        percent_to_sigma(settings.end, stage.shift),
     )
 
 
-def upscale(latent: Tensor, stage: plans.Stage) -> Tensor:
-    """Resize an outside latent to a stage's size."""
-    return resize(latent, stage.height // STRIDE, stage.width // STRIDE, stage.upscale)
+def decode(autoencoder: Autoencoder, latent: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Decode an outside latent.
 
-
-def decode(autoencoder: Autoencoder, latent: Tensor, **options: Any) -> Tensor:
-    """Outside latent to 8-bit pictures, [batch, height, width, 3], on the latent's device."""
-    return to_uint8(to_pixels(autoencoder.decode(latent, **options)))
+    Returns:
+        8-bit pictures, [batch, height, width, 3], and whether all of the decoder's output was
+        finite, a scalar; both still on the latent's device.
+    """
+    raw = autoencoder.decode(latent, **options)
+    return to_uint8(to_pixels(raw)), raw.isfinite().all()

@@ -288,6 +288,29 @@ class Plan:
         check.instance("lora", LoraSettings)
         check.instance("performance", Performance)
 
+    def resolved(
+        self,
+        progressive: bool | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Plan:
+        """The plan that a request asks for, its stages those that will run.
+
+        Args:
+            progressive: False for one stage; None does what the plan says.
+            num_inference_steps: Steps of the first stage, or of the only one.
+            guidance_scale: cfg of the first stage, or of the only one.
+
+        Raises:
+            PlanError: A number is impossible.
+        """
+        if not (self.progressive if progressive is None else progressive):
+            return self.single_stage(num_inference_steps, guidance_scale)
+        wanted = {"steps": num_inference_steps, "cfg": guidance_scale}
+        changes: dict[str, Any] = {key: value for key, value in wanted.items() if value is not None}
+        first, *rest = self.stages
+        return replace(self, progressive=True, stages=(replace(first, **changes), *rest))
+
     def single_stage(
         self, num_inference_steps: int | None = None, guidance_scale: float | None = None
     ) -> Plan:

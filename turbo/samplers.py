@@ -91,8 +91,7 @@ def sample_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise:
     for sigma, sigma_next in pairwise(sigmas):
         denoised = denoise(x, sigma)
         if sigma_next == 0:
-            x, previous = denoised, denoised
-            continue
+            return denoised
         h = math.log(sigma / sigma_next)
         estimate = denoised
         if previous is not None:
@@ -128,8 +127,7 @@ def sample_dpmpp_2m_sde(
     for sigma, sigma_next in pairwise(sigmas):
         denoised = denoise(x, sigma)
         if sigma_next == 0:
-            x, previous = denoised, denoised
-            continue
+            return denoised
         h = _lambda(sigma_next) - _lambda(sigma)
         moved = -(1 - sigma_next) * math.expm1(-2 * h)
         x = (sigma_next / sigma) * math.exp(-h) * x + moved * denoised
@@ -226,8 +224,9 @@ def sample_uni_pc(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: N
 
     state = x / math.sqrt(1 + levels[0] ** 2)
     estimates = [estimate(state, levels[0])]
-    for step in range(1, steps + 1):
-        used = min(step, order, steps + 1 - step) if steps > 1 else 1
+    # Of a single step the reference makes the evaluation and nothing else.
+    for step in range(1, steps + 1 if order else 1):
+        used = min(step, order, steps + 1 - step)
         window = levels[step - used : step + 1]
         history = estimates[-used:]
         last = step == steps
@@ -298,23 +297,27 @@ def _uni_pc_weights(hh: float, ratios: Sequence[float]) -> tuple[list[float], li
 
 @lru_cache(maxsize=512)
 def _deis_weights(levels: tuple[float, ...]) -> tuple[float, ...]:
-    """Weights of the slopes at ``levels[1:]`` (newest first) for a step to ``levels[0]``."""
-    first, last = math.log(0.002**2 + 1), math.log(80.0**2 + 1)
-    rise = 2 * (first / 0.001 - last) / (0.001 - 1)
-    start = last - rise / 2
-    times = [
-        (math.sqrt(start**2 + 2 * rise * math.log(sigma**2 + 1)) - start) / rise for sigma in levels
-    ]
-    tau = torch.linspace(times[1], times[0], 10000, dtype=torch.float64)
-    alpha = torch.exp(-(tau**2) * rise / 2 - tau * start)
-    integrand = 0.5 * (tau * rise + start) / torch.sqrt(alpha * (1 - alpha))
+    """Weights of the slopes at ``levels[1:]`` (newest first) for a step to ``levels[0]``.
+
+    In float32, operation by operation as the reference does it: ``0.002**2 + 1`` and small sigmas
+    lose most of their digits there, and the reference's pictures hold that loss.
+    """
+    lowest, highest = ((torch.tensor(sigma) ** 2 + 1).log() for sigma in (0.002, 80.0))
+    rise = 2 * (lowest / 1e-3 - highest) / (1e-3 - 1)
+    start = highest - 0.5 * rise
+    sigmas = torch.tensor(levels)
+    end, *nodes = (((start**2 + 2 * rise * (sigmas**2 + 1).log()).sqrt() - start) / rise).unbind()
+    tau = torch.linspace(float(nodes[0]), float(end), 10000)
+    rise = (rise + start) - start
+    alpha = torch.exp(-0.5 * tau**2 * rise - tau * start)
+    integrand = -0.5 * (-tau * rise - start) / torch.sqrt(alpha * (1 - alpha))
     weights = []
-    for j, node in enumerate(times[1:]):
-        polynomial = torch.ones_like(tau)
-        for k, other in enumerate(times[1:]):
+    for j, node in enumerate(nodes):
+        polynomial = torch.ones(())
+        for k, other in enumerate(nodes):
             if k != j:
-                polynomial = polynomial * (tau - other) / (node - other)
-        weights.append(float((integrand * polynomial).mean()) * (times[0] - times[1]))
+                polynomial = polynomial * ((tau - other) / (node - other))
+        weights.append(float((integrand * polynomial).sum() * ((end - nodes[0]) / len(tau))))
     return tuple(weights)
 
 

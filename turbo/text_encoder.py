@@ -101,8 +101,8 @@ class TextEncoder(nn.Module):
     Attributes:
         config: Its dimensions.
         layers: The layers that exist, in order; each maps (hidden, cos, sin, mask) to hidden.
-        compute_dtype: Dtype to calculate and answer in; None: bfloat16 for bfloat16 weights on a
-            GPU, float32 for all else (float16 would overflow, and a CPU gains nothing from it).
+        compute_dtype: Dtype to calculate and answer in. float32 is the reference's, whatever dtype
+            the weights have: features in bfloat16 make another picture.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class TextEncoder(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        compute_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         """Allocate the weights without filling them; `device` may be "meta"."""
         super().__init__()
@@ -181,18 +181,10 @@ class TextEncoder(nn.Module):
             raise ValueError(f"call prepare({tokens}) before forward on {tokens} tokens")
         cos, sin = self._cos[:tokens], self._sin[:tokens]
         visible = None if mask is None else _causal(mask)
-        hidden = F.embedding(ids, self.embed_tokens).to(self._dtype())
+        hidden = F.embedding(ids, self.embed_tokens).to(self.compute_dtype)
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, visible)
         return hidden
-
-    def _dtype(self) -> torch.dtype:
-        weight = self.embed_tokens
-        if self.compute_dtype is not None:
-            return self.compute_dtype
-        return (
-            torch.bfloat16 if weight.is_cuda and weight.dtype == torch.bfloat16 else torch.float32
-        )
 
     def native_tensors(self) -> dict[str, Tensor]:
         """Every weight under its checkpoint name, as a view: writing into it changes the module."""

@@ -15,6 +15,7 @@ Source: Z-Image (Tongyi-MAI, 2025), with the tensor names of ComfyUI's single fi
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,8 +120,10 @@ class _ShapeReader:
 
 
 def _count_blocks(shapes: Mapping[str, Sequence[int]], prefix: str) -> int:
+    """Blocks 0, 1, 2… without a gap; what lies behind a gap fits nowhere and is left over."""
     pattern = re.compile(rf"{prefix}\.(\d+)\.")
-    return 1 + max((int(m[1]) for m in map(pattern.match, shapes) if m), default=-1)
+    present = {int(match[1]) for match in map(pattern.match, shapes) if match}
+    return next(count for count in itertools.count() if count not in present)
 
 
 def padded_length(tokens: int) -> int:

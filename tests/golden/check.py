@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -27,10 +29,21 @@ class Outcome:
     """Largest share of a tolerance that was used."""
     note: str = ""
 
+    skipped: bool = False
+    """Whether the case cannot be run here; `note` says why."""
+
     @property
     def passed(self) -> bool:
         """Whether everything compared was close enough, and something was compared."""
-        return not self.problems and (self.share >= 0 or bool(self.note))
+        return not self.problems and self.share >= 0
+
+    @contextmanager
+    def catching(self) -> Iterator[None]:
+        """Turn an exception into a problem of this case, so that the others still run."""
+        try:
+            yield
+        except Exception as error:
+            self.problems.append(f"{type(error).__name__}: {error}")
 
     def require(self, condition: bool, problem: str) -> None:
         """Note a problem unless `condition` holds."""
@@ -104,12 +117,15 @@ def find_cases(folder: Path) -> Iterator[Case]:
     """Every case below a folder, in the order of their names."""
     for path in sorted(folder.rglob("*.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(facts, dict) and "case" in facts:
+        if isinstance(facts, dict) and isinstance(facts.get("case"), str):
             yield Case(folder, path, facts)
 
 
-def thinned(full: Tensor, recorded: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Thin out `full` by the smallest stride that gives the sizes of `recorded` on `axes`."""
+def thinned(full: Tensor, recorded: Tensor, axes: tuple[int, ...], stride: int = 0) -> Tensor:
+    """Thin out `full` on `axes`, by `stride` or the smallest that gives the sizes of `recorded`."""
+    if stride:
+        index = [slice(None, None, stride if axis in axes else None) for axis in range(full.dim())]
+        return full[tuple(index)]
     for stride in range(1, max(full.shape) + 1):
         if all(-(-full.shape[axis] // stride) == recorded.shape[axis] for axis in axes):
             index = [slice(None)] * full.dim()
@@ -117,6 +133,12 @@ def thinned(full: Tensor, recorded: Tensor, axes: tuple[int, ...]) -> Tensor:
                 index[axis] = slice(None, None, stride)
             return full[tuple(index)]
     return full
+
+
+def recorded_stride(stored: str, name: str) -> int:
+    """The stride that a case's `stored` text gives for a tensor, 0 if it gives none."""
+    match = re.search(rf"\b{name}\[(?:\.\.\., )?::(\d+), ::\1\]", stored)
+    return int(match[1]) if match else 0
 
 
 def as_tensor(values: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -38,6 +39,7 @@ class ModelStore:
                 values = {key: value.float() for key, value in load_file(file).items()}
             else:
                 values = initialise(_shapes(name, entry), entry["seed"])
+                assert values_digest(values) == entry["values_sha256"], f"{name}: wrong values"
             self._values[name] = values
         return self._values[name]
 
@@ -70,6 +72,15 @@ class ModelStore:
             network=transformer,
             device=self.device,
         )
+
+
+def values_digest(values: dict[str, Tensor]) -> str:
+    """sha256 over names and float32 values, as ``weights.json`` records it."""
+    digest = hashlib.sha256()
+    for name, value in sorted(values.items()):
+        digest.update(name.encode())
+        digest.update(value.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def clean_name(entry: str) -> str:

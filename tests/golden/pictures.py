@@ -13,19 +13,68 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.golden.check import Case, Outcome, as_tensor, thinned
+from tests.golden.check import Case, Outcome, as_tensor, recorded_stride, thinned
 from tests.golden.models import ModelStore, clean_name, pick
 from tests.golden.parts import run_network
 from turbo.autoencoder import to_pixels, to_uint8
 from turbo.checkpoint import open_file
 from turbo.denoiser import Caption
-from turbo.easycache import EasyCache
+from turbo.easycache import StepCache
 from turbo.fusing import LoraChoice, LoraFuser
-from turbo.latent import STRIDE
 from turbo.names import NETWORK, TEXT_ENCODER
-from turbo.pipeline import Models, draw_noise, make_cache, prepare_stage, refine, run_stage, upscale
-from turbo.plan import DEFAULT_PLAN, Stage
+from turbo.pipeline import (
+    Drawing,
+    Models,
+    PreparedStage,
+    StageNoise,
+    draw_noise,
+    make_cache,
+    prepare_stage,
+    refine,
+    run_stage,
+    run_stages,
+)
 from turbo.plan import EasyCache as CacheSettings
+from turbo.plan import Stage
+
+RECORDED_WORKFLOW = (
+    Stage(
+        name="stage1",
+        height=224,
+        width=176,
+        steps=9,
+        cfg=2.0,
+        sampler="euler_ancestral",
+        scheduler="flowmatch_node",
+        shift=3.0,
+    ),
+    Stage(
+        name="stage2",
+        height=432,
+        width=336,
+        steps=16,
+        sampler="euler_ancestral",
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        node="ksampler",
+        shift=3.0,
+        denoise=0.7,
+        seed_offset=1,
+        easycache=CacheSettings(threshold=0.37, start=0.45, end=0.95),
+    ),
+    Stage(
+        name="stage3",
+        height=864,
+        width=672,
+        steps=16,
+        sampler="dpmpp_sde",
+        scheduler="beta",
+        shift=3.0,
+        denoise=0.6,
+        seed_offset=2,
+        easycache=CacheSettings(threshold=0.12, start=0.7, end=0.95),
+    ),
+)
+"""The workflow that was recorded; a change of the default plan must not change what is proved."""
 
 SMALL_MARGIN = 1e-3
 """Below it a decision may fall either way by rounding."""
@@ -40,73 +89,92 @@ def check_easycache(case: Case, store: ModelStore, tokenizer: Path | None) -> It
     for name, value in tensors.items():
         if value.dim() == 3:
             captions[name] = refine(models, value.to(store.device))
-    _, _, rows, columns = case.facts["shape"]
     for facts in case.facts["runs"]:
         outcome = case.outcome(facts["key"])
-        stage = Stage(
-            name=facts["key"],
-            height=STRIDE * rows,
-            width=STRIDE * columns,
-            steps=case.facts["steps"],
-            cfg=facts["cfg"],
-            sampler=facts["sampler"],
-            scheduler=case.facts["scheduler"],
-            shift=case.facts["shift"],
-        )
-        prepared = prepare_stage(network, stage)
-        cache = None
-        if facts["threshold"] is not None:
-            start, end = facts["window"]
-            settings = CacheSettings(threshold=facts["threshold"], start=start, end=end)
-            cache = make_cache(settings, stage.shift)
-            cache.sums = []
-        noise = draw_noise(prepared, facts["seed"], store.device, noise_device=torch.device("cpu"))
-        result = run_stage(
-            models,
-            prepared,
-            captions[case.facts["positive"]],
-            captions[facts["negative"]],
-            noise,
-            aliased=facts["aliased"],
-            cache=cache,
-        )
-        decided = True
-        if cache is not None:
-            decided = _check_decisions(outcome, cache, facts["calls"], facts, "")
-        if decided and f"{facts['key']}/final" in tensors:
-            final = result.latent[:, ::2]
-            outcome.compare("final", final, tensors[f"{facts['key']}/final"], *case.limits())
-        elif outcome.share < 0:
-            outcome.note = "no final latent recorded and no decision compared"
+        with outcome.catching():
+            _check_cached_run(case, facts, models, captions, tensors, outcome)
         yield outcome
 
 
+def _check_cached_run(
+    case: Case,
+    facts: dict[str, Any],
+    models: Models,
+    captions: dict[str, Caption],
+    tensors: dict[str, Tensor],
+    outcome: Outcome,
+) -> None:
+    batch, channels, rows, columns = case.facts["shape"]
+    settings = None
+    if facts["threshold"] is not None:
+        start, end = facts["window"]
+        settings = CacheSettings(threshold=facts["threshold"], start=start, end=end)
+    stage = replace(
+        RECORDED_WORKFLOW[0],
+        node="custom",
+        name=facts["key"],
+        steps=case.facts["steps"],
+        cfg=facts["cfg"],
+        sampler=facts["sampler"],
+        scheduler=case.facts["scheduler"],
+        shift=case.facts["shift"],
+        easycache=settings,
+    )
+    prepared = prepare_stage(models.transformer, stage, (rows, columns))
+    cache = make_cache(stage)
+    if cache is not None:
+        cache.sums = []
+    noise = draw_noise(
+        prepared,
+        facts["seed"],
+        models.device,
+        channels=channels,
+        batch=batch,
+        noise_device=torch.device("cpu"),
+    )
+    result = run_stage(
+        models,
+        prepared,
+        captions[case.facts["positive"]],
+        captions[facts["negative"]],
+        noise,
+        aliased=facts["aliased"],
+        cache=cache,
+    )
+    decided = True
+    if cache is not None:
+        margin = facts.get("smallest_relative_margin")
+        decided = _check_decisions(outcome, cache, facts["calls"], margin, "")
+    final = f"{facts['key']}/final"
+    if decided and final in tensors:
+        outcome.compare("final", result.latent[:, ::2], tensors[final], *case.limits())
+
+
 def _check_decisions(
-    outcome: Outcome, cache: EasyCache, calls: list[list[Any]], facts: dict[str, Any], where: str
+    outcome: Outcome, cache: StepCache, calls: list[list[Any]], margin: float | None, where: str
 ) -> bool:
     """Compare decisions and sums; False if they differ where rounding decides."""
-    margin = facts["smallest_relative_margin"]
-    margin = margin.get(where) if isinstance(margin, dict) else margin
     want = [call[1] == "skip" for call in calls]
-    if cache.skipped != want:
-        close = margin is not None and margin <= SMALL_MARGIN
-        if not close:
-            got = "".join("s" if skipped else "R" for skipped in cache.skipped)
-            pattern = "".join("s" if skipped else "R" for skipped in want)
-            outcome.problems.append(f"decisions {where} {got}, recorded {pattern}")
-        outcome.note = "a decision within rounding of the threshold fell the other way"
-        return False
-    pairs = [
-        (got, call[4])
-        for got, call in zip(cache.sums or [], calls)
-        if got is not None and call[4] is not None
-    ]
-    if pairs:
-        ours, recorded = as_tensor(pairs).unbind(1)
+    outcome.require(len(want) == len(cache.skipped), f"calls {where}: {len(cache.skipped)}")
+    pairs = list(zip(cache.skipped, want))
+    agreed = next((k for k, (got, wanted) in enumerate(pairs) if got != wanted), len(pairs))
+    sums = zip((cache.sums or [])[: agreed + 1], calls)
+    compared = [(got, call[4]) for got, call in sums if got is not None and call[4] is not None]
+    if compared:
+        ours, recorded = as_tensor(compared).unbind(1)
         outcome.compare(f"sums {where}", ours, recorded, 0, 1e-4)
     else:
-        outcome.note = outcome.note or "decisions equal"
-    return True
+        outcome.share = max(outcome.share, 0.0)  # the decisions themselves were compared
+    if agreed == len(pairs):
+        return True
+    sum_at = calls[agreed][4]
+    near = sum_at is not None and abs(sum_at - cache.threshold) <= SMALL_MARGIN * cache.threshold
+    if near and margin is not None and margin <= SMALL_MARGIN:
+        outcome.note = f"call {agreed} {where} is within rounding of the threshold"
+        return False
+    got_pattern, pattern = ("".join("s" if k else "R" for k in row) for row in zip(*pairs))
+    outcome.problems.append(f"decisions {where} {got_pattern}, recorded {pattern}")
+    return False
 
 
 def check_lora(case: Case, store: ModelStore, tokenizer: Path | None) -> Iterator[Outcome]:
@@ -121,13 +189,15 @@ def check_lora(case: Case, store: ModelStore, tokenizer: Path | None) -> Iterato
         modules: dict[str, Any] = {NETWORK: network, TEXT_ENCODER: text}
         names = {NETWORK: network_name, TEXT_ENCODER: text_name}
         ignored = set(case.facts.get("ignored_keys", ()))
-        _fuse(store, modules, names, file, float(strength), ignored)
+        _fuse(store, modules, names, file, (float(strength),) * 2, ignored)
         short = {"dit": NETWORK, "te": TEXT_ENCODER}
         for entry in case.facts["merged"][strength]:
             part, name = entry.split(":", 1)
             merged = modules[short[part]].native_tensors()[name].float().cpu()
             prefix = f"s{strength}/merged/{entry}"
             limits = case.limits("merged")
+            stored = [f"{prefix}/{kind}" in tensors for kind in ("sample", "probe")]
+            outcome.require(any(stored), f"{entry}: nothing recorded to compare with")
             if f"{prefix}/sample" in tensors:
                 sample = merged[::16, ::16] if merged.dim() > 1 else merged
                 outcome.compare(f"{entry} sample", sample, tensors[f"{prefix}/sample"], *limits)
@@ -149,9 +219,8 @@ def _fuse(
     modules: dict[str, Any],
     names: dict[str, str],
     lora: Path,
-    strength: float,
+    strengths: tuple[float, float],
     ignored: set[str],
-    text_strength: float | None = None,
 ) -> None:
     """Fuse a LoRA into modules, leaving out the keys that the reference ignores."""
     kept = {key: value for key, value in load_file(lora).items() if key not in ignored}
@@ -165,83 +234,95 @@ def _fuse(
             checkpoints[component] = open_file(component, path)
         filtered = Path(folder, lora.name)
         save_file(kept, filtered)
-        text = strength if text_strength is None else text_strength
-        choice = LoraChoice.parse((filtered, strength, text), None, 1.0)
+        choice = LoraChoice.parse((filtered, *strengths), None, 1.0)
         LoraFuser(modules, checkpoints).fuse([choice], strict=False)
 
 
 def check_e2e(case: Case, store: ModelStore, tokenizer: Path | None) -> Iterator[Outcome]:
     """The whole workflow, stage by stage, to the 8-bit picture."""
-    facts, tensors = case.facts, case.tensors()
     outcome = case.outcome()
+    with outcome.catching():
+        _check_workflow(case, store, outcome)
+    yield outcome
+
+
+def _check_workflow(case: Case, store: ModelStore, outcome: Outcome) -> None:
+    facts, tensors = case.facts, case.tensors()
     names = [clean_name(entry) for entry in facts["weights"]]
     dit, te, vae = (pick(names, prefix) for prefix in ("dit", "te", "vae"))
     models = store.models(dit, te, vae)
     if facts.get("lora"):
         modules = {NETWORK: models.transformer, TEXT_ENCODER: models.text_encoder}
-        strengths = (facts["lora_strength_model"], facts["lora_strength_clip"])
+        strengths = facts["lora_strength_model"], facts["lora_strength_clip"]
         file = case.folder / facts["lora"]
-        _fuse(
-            store,
-            modules,
-            {NETWORK: dit, TEXT_ENCODER: te},
-            file,
-            strengths[0],
-            set(),
-            strengths[1],
-        )
+        _fuse(store, modules, {NETWORK: dit, TEXT_ENCODER: te}, file, strengths, set())
     captions: list[Caption] = []
     for ids, name in ((facts["positive_ids"], "cond"), (facts["negative_ids"], "neg")):
         features = models.text_encoder.encode(torch.tensor([ids]))
         if name in tensors:
             outcome.compare(name, features, tensors[name], *case.limits("cond"))
         captions.append(refine(models, features))
-    latent: Tensor | None = None
-    for number, stage in enumerate(DEFAULT_PLAN.stages, start=1):
-        stage = stage if facts["easycache"] != "off" else replace(stage, easycache=None)
-        latent = _run_stage(case, outcome, models, stage, captions, number, latent, tensors)
-    assert latent is not None
-    _check_picture(case, outcome, to_pixels(models.autoencoder.decode(latent))[0].cpu(), tensors)
-    yield outcome
+    stages = [
+        stage if facts["easycache"] != "off" else replace(stage, easycache=None)
+        for stage in RECORDED_WORKFLOW
+    ]
+    latent = _check_stages(case, outcome, models, stages, captions, tensors)
+    pixels = to_pixels(models.autoencoder.decode(latent))[0].cpu()
+    _check_picture(case, outcome, pixels, tensors)
 
 
-def _run_stage(
+def _check_stages(
     case: Case,
     outcome: Outcome,
     models: Models,
-    stage: Stage,
+    stages: list[Stage],
     captions: list[Caption],
-    number: int,
-    latent: Tensor | None,
     tensors: dict[str, Tensor],
 ) -> Tensor:
+    """Run the stages and compare everything recorded of them; returns the last latent."""
     facts = case.facts
-    prepared = prepare_stage(models.transformer, stage)
-    seed = facts["seed"] + stage.seed_offset
-    noise = draw_noise(prepared, seed, models.device, noise_device=torch.device("cpu"))
-    if f"sigmas{number}" in tensors:
-        sigmas = as_tensor(prepared.sigmas)
-        outcome.compare(f"sigmas{number}", sigmas, tensors[f"sigmas{number}"], 1e-6, 1e-5)
-    if f"noise{number}" in tensors:
-        want = tensors[f"noise{number}"]
-        outcome.compare(f"noise{number}", thinned(noise.start.cpu(), want, (2, 3)), want, 0, 0)
-    cache = None
-    if stage.easycache is not None:
-        cache = make_cache(stage.easycache, stage.shift)
-        cache.sums = []
-    start = None if latent is None else upscale(latent, stage)
-    aliased = facts["easycache"] == "aliased"
+    caches: dict[str, StepCache | None] = {}
+    noises: dict[str, StageNoise] = {}
+
+    def cache(stage: Stage) -> StepCache | None:
+        caches[stage.name] = made = make_cache(stage)
+        if made is not None:
+            made.sums = []
+        return made
+
+    def noise(prepared: PreparedStage) -> StageNoise:
+        seed = facts["seed"] + prepared.stage.seed_offset
+        drawn = draw_noise(prepared, seed, models.device, noise_device=torch.device("cpu"))
+        noises[prepared.stage.name] = drawn
+        return drawn
+
+    prepared = [prepare_stage(models.transformer, stage) for stage in stages]
     positive, negative = captions
-    result = run_stage(
-        models, prepared, positive, negative, noise, start, aliased=aliased, cache=cache
-    )
-    name = f"stage{number}"
-    if cache is not None and name in facts.get("calls", {}):
-        _check_decisions(outcome, cache, facts["calls"][name], facts, name)
-    want = tensors[f"latent{number}"]
-    got = thinned(result.latent.cpu(), want, (2, 3))
-    outcome.compare(f"latent{number}", got, want, *case.limits(f"latent{number}"))
-    return result.latent
+    drawing = Drawing(positive=positive, negative=negative, noise=noise)
+    aliased = facts["easycache"] == "aliased"
+    results = list(run_stages(models, prepared, drawing, cache=cache, aliased=aliased))
+    stored = facts.get("stored", "")
+    for number, (ready, result) in enumerate(zip(prepared, results), start=1):
+        name = ready.stage.name
+        compared = {
+            f"sigmas{number}": (as_tensor(ready.sigmas), (1e-6, 1e-5)),
+            f"noise{number}": (noises[name].start.cpu(), (0.0, 0.0)),
+            f"latent{number}": (result.latent.cpu(), case.limits(f"latent{number}")),
+        }
+        made = caches[name]
+        if made is not None and name in facts.get("calls", {}):
+            margin = facts.get("smallest_relative_margin", {}).get(name)
+            _check_decisions(outcome, made, facts["calls"][name], margin, name)
+        elif name in facts.get("calls", {}):
+            wanted = len(facts["calls"][name])
+            outcome.require(result.calls == wanted, f"{name}: {result.calls} network calls")
+        for key, (got, limits) in compared.items():
+            if key in tensors:
+                stride = recorded_stride(stored, key)
+                got = got if got.dim() == 1 else thinned(got, tensors[key], (2, 3), stride)
+                outcome.compare(key, got, tensors[key], *limits)
+    outcome.require("latent3" in tensors, "no last latent recorded")
+    return results[-1].latent
 
 
 _CROP = re.compile(r"(\w+)(?: \(float\))? = image\[(\d+):(\d+), (\d+):(\d+)\]")
@@ -250,8 +331,15 @@ _CROP = re.compile(r"(\w+)(?: \(float\))? = image\[(\d+):(\d+), (\d+):(\d+)\]")
 def _check_picture(
     case: Case, outcome: Outcome, pixels: Tensor, tensors: dict[str, Tensor]
 ) -> None:
+    facts = case.facts
+    size = facts.get("image_size", list(pixels.shape[:2]))
+    outcome.require(list(pixels.shape[:2]) == size, f"picture {list(pixels.shape)}, not {size}")
+    for name, value in (("image_mean", pixels.mean()), ("image_std", pixels.std(correction=0))):
+        if name in facts:
+            outcome.require(abs(float(value) - facts[name]) < 1e-4, f"{name} {float(value):.6f}")
+    outcome.require(any(name.startswith("image") for name in tensors), "no picture recorded")
     bytes_ = to_uint8(pixels)
-    crops = {name: tuple(map(int, box)) for name, *box in _CROP.findall(case.facts["stored"])}
+    crops = {name: tuple(map(int, box)) for name, *box in _CROP.findall(facts.get("stored", ""))}
     for name, want in tensors.items():
         if not name.startswith("image"):
             continue
@@ -260,7 +348,7 @@ def _check_picture(
             top, bottom, left, right = crops[name]
             got = full[top:bottom, left:right]
         else:
-            got = thinned(full, want, (0, 1))
+            got = thinned(full, want, (0, 1), recorded_stride(facts.get("stored", ""), name))
         if want.dtype == torch.uint8:
             difference = (got.int() - want.int()).abs()
             share = (difference == 0).float().mean().item()
