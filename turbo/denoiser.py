@@ -1,8 +1,8 @@
 """From network output to denoised latent: velocity, guidance, step cache.
 
-The network returns a velocity (clean minus noise with ComfyUI's sign), so
-``denoised = latent - sigma * output``; this file alone knows that. Guidance mixes the estimates of
-two captions: ``negative + cfg * (positive - negative)``.
+Our network returns the velocity noise minus clean (the published one, turned around, as in
+ComfyUI), so ``denoised = latent - sigma * output``; this file alone knows that. Guidance mixes the
+estimates of two captions: ``negative + cfg * (positive - negative)``.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from turbo.checkpoint import WeightHolder, check_fit, load_weights
 from turbo.denoiser import Caption, is_unguided
 from turbo.errors import BadInputError, LoraError, NonFiniteLatentError
 from turbo.fusing import LoraChoice, LoraFuser
-from turbo.image_input import latent_of_image
+from turbo.image_input import latent_of_image, require_picture
 from turbo.latent import STRIDE
 from turbo.model_files import ModelFiles, find_model_files
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
@@ -38,7 +38,7 @@ from turbo.pipeline import (
     StageNoise,
     decode,
     draw_noise,
-    encode_prompt,
+    encode_ids,
     prepare_stage,
     refine,
     run_stages,
@@ -365,6 +365,8 @@ class Engine:
         _check_texts(prompt=prompt, negative_prompt=negative_prompt, trigger_word=trigger_word)
         if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
             raise BadInputError(f"num_images must be an integer of at least 1, got {num_images!r}")
+        if max_tokens is not None and type(max_tokens) is not int:
+            raise BadInputError(f"max_tokens must be an integer or None, got {max_tokens!r}")
         if num_images > MAX_IMAGES:
             raise BadInputError(f"num_images must be at most {MAX_IMAGES}, got {num_images}")
         first_seed = secrets.randbits(48) if seed is None else check_seed(seed)
@@ -495,8 +497,10 @@ class Engine:
         known = {text: self._captions.find((text, max_tokens)) for text in texts}
         missing = [text for text, caption in known.items() if caption is None]
         if missing:
+            tokenizer = self.models.tokenizer
+            ids = [tokenizer.encode_prompt(text, max_tokens=max_tokens) for text in missing]
             with self._on_device(self.models.text_encoder):
-                features = [encode_prompt(self.models, t, max_tokens=max_tokens) for t in missing]
+                features = [encode_ids(self.models, one) for one in ids]
             with self._on_device(self.models.transformer):
                 made = [refine(self.models, feature) for feature in features]
             for text, caption in zip(missing, made):
@@ -685,8 +689,10 @@ def _stages_from_image(
         if strength is not None:
             raise BadInputError("strength needs an image to start from; give image, or no strength")
         return list(stages)
+    require_picture(image)
     strength = 0.6 if strength is None else strength
-    if not 0 < strength <= 1:
+    is_number = isinstance(strength, int | float) and not isinstance(strength, bool)
+    if not is_number or not 0 < strength <= 1:
         raise BadInputError(f"strength must be above 0 and at most 1, got {strength!r}")
     enters = [number for number, stage in enumerate(stages) if stage.denoise <= strength]
     start = enters[0] if enters else len(stages) - 1

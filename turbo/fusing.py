@@ -7,7 +7,6 @@ drifts and whoever captured that storage stays valid.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +23,7 @@ from turbo.model_files import resolve_lora
 from turbo.names import TEXT_ENCODER
 
 FILES_KEPT = 4
+MAX_STRENGTH = 1e6
 
 Target = tuple[str, str]
 """(component, native tensor name)."""
@@ -57,11 +57,8 @@ class LoraChoice:
             )
         strengths = [*values[1:]] or [default_strength]
         for strength in strengths:
-            if (
-                isinstance(strength, bool)
-                or not isinstance(strength, int | float)
-                or not math.isfinite(strength)
-            ):
+            is_number = isinstance(strength, int | float) and not isinstance(strength, bool)
+            if not is_number or not -MAX_STRENGTH <= strength <= MAX_STRENGTH:
                 raise LoraError(f"a LoRA's strength must be a finite number, got {strength!r}")
         path = resolve_lora(values[0], folder)
         status = path.stat()

@@ -12,6 +12,12 @@ from turbo.errors import BadInputError
 from turbo.plan import Stage
 
 
+def require_picture(image: object) -> None:
+    """Raise BadInputError unless `image` is a PIL image."""
+    if not isinstance(image, Image.Image):
+        raise BadInputError(f"image must be a PIL image, got {type(image).__name__}")
+
+
 def latent_of_image(
     autoencoder: Autoencoder, image: Image.Image, stage: Stage, device: torch.device
 ) -> Tensor:
@@ -30,8 +36,7 @@ def latent_of_image(
     Raises:
         BadInputError: `image` is no picture.
     """
-    if not isinstance(image, Image.Image):
-        raise BadInputError(f"image must be a PIL image, got {type(image).__name__}")
+    require_picture(image)
     upright = ImageOps.exif_transpose(image).convert("RGB")
     fitted = ImageOps.fit(upright, (stage.width, stage.height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255)[None]

@@ -20,7 +20,7 @@ from turbo.errors import BadInputError
 from turbo.latent import STRIDE, from_sampler, resize, start_latent, to_sampler
 from turbo.noise import BrownianNoise, ancestral_noise, start_noise
 from turbo.samplers import SAMPLERS, SamplerTrace, sampler_sigmas, trace_sampler
-from turbo.sigmas import percent_to_sigma, stage_sigmas
+from turbo.sigmas import percent_to_sigma, require_falling, stage_sigmas
 from turbo.text_encoder import TextEncoder
 from turbo.tokenizer import Tokenizer, attention_mask
 from turbo.transformer import Transformer
@@ -87,9 +87,13 @@ def prepare_stage(
         transformer: Makes the modulation.
         stage: The stage.
         latent_size: Rows and columns in place of the stage's own.
+
+    Raises:
+        BadInputError: The schedule has no such number of different steps.
     """
     sigmas = stage_sigmas(stage)
     followed = sampler_sigmas(stage.sampler, sigmas, stage.shift)
+    require_falling(stage, followed)
     trace = trace_sampler(stage.sampler, followed)
     modulation = ModulationTable.make(transformer, trace.evaluations)
     size = latent_size or (stage.height // STRIDE, stage.width // STRIDE)
@@ -131,7 +135,7 @@ def draw_noise(
     steps: list[Tensor] = []
     if kind == "ancestral":
         steps = ancestral_noise(shape, seed, len(asked), noise_device or device)
-    elif kind == "brownian" and asked:
+    elif kind == "brownian":
         path = BrownianNoise(shape, seed, prepared.sigmas)
         steps = [path(sigma, sigma_next) for sigma, sigma_next in asked]
     start = start_noise(shape, seed)
@@ -152,10 +156,14 @@ class StageResult:
 
 def encode_prompt(models: Models, prompt: str, *, max_tokens: int | None = None) -> Tensor:
     """Tokenize a prompt and run the text encoder: features, [1, tokens, caption_dim]."""
-    ids = models.tokenizer.encode_prompt(prompt, max_tokens=max_tokens)
+    return encode_ids(models, models.tokenizer.encode_prompt(prompt, max_tokens=max_tokens))
+
+
+def encode_ids(models: Models, ids: Sequence[int]) -> Tensor:
+    """Run the text encoder on a prompt's token ids: features, [1, tokens, caption_dim]."""
     mask = attention_mask(ids, models.tokenizer.pad_id)
     visible = None if all(mask) else torch.tensor([mask])
-    return models.text_encoder.encode(torch.tensor([ids]), visible)
+    return models.text_encoder.encode(torch.tensor([list(ids)]), visible)
 
 
 def refine(models: Models, features: Tensor) -> Caption:

@@ -250,6 +250,8 @@ def _uni_pc_step(
     alpha_next, spread_next, _ = _vp_scales(window[-1])
     newest = history[-1]
     h = lam_next - lam
+    if h == 0:  # a schedule that already ends at 0.001: there is nowhere to go
+        return x, lambda found: x
     ratios = [(older - lam) / h for older in reversed(older_lams)]
     slopes = [(older - newest) / r for older, r in zip(reversed(history[:-1]), ratios)]
     base = (spread_next / spread) * x - alpha_next * math.expm1(-h) * newest

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def stage_sigmas(stage: Stage) -> tuple[float, ...]:
     """The falling noise levels of a stage: one denoising step for each neighbouring pair.
 
     Raises:
-        BadInputError: The scheduler cannot make that many steps (kl_optimal with a single one).
+        BadInputError: The scheduler cannot make that many different steps.
     """
     if stage.node == "ksampler":
         sigmas = ksampler_sigmas(
@@ -60,12 +61,22 @@ def stage_sigmas(stage: Stage) -> tuple[float, ...]:
         sigmas = sigmas if stage.denoise >= 1 else _partial_flowmatch(stage)
     else:
         sigmas = basic_sigmas(stage.scheduler, stage.steps, stage.denoise, stage.shift)
-    if not all(map(math.isfinite, sigmas)):
-        raise BadInputError(
-            f"scheduler {stage.scheduler!r} has no finite schedule of {stage.steps} step(s) for "
-            f"{stage.name}; use at least 2 steps or another scheduler"
-        )
+    require_falling(stage, sigmas)
     return sigmas
+
+
+def require_falling(stage: Stage, sigmas: Sequence[float]) -> None:
+    """Refuse a schedule that does not fall at every step, which no sampler can follow.
+
+    Raises:
+        BadInputError: Two sigmas are equal (more steps than the model has sigmas), or one is NaN.
+    """
+    if not all(sigma > sigma_next for sigma, sigma_next in pairwise(sigmas)):
+        raise BadInputError(
+            f"scheduler {stage.scheduler!r} has no falling schedule for the {stage.steps} step(s) "
+            f"at denoise {stage.denoise:g} of {stage.name}; use other steps, a larger denoise or "
+            "another scheduler"
+        )
 
 
 def ksampler_sigmas(

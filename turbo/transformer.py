@@ -315,7 +315,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The network: latent and sigma's row of factors in, clean-minus-noise out (sign as ComfyUI's).
+    """The network: latent and sigma's row of factors in, noise minus clean out.
 
     Args:
         config: Dimensions.
@@ -477,7 +477,7 @@ class Transformer(nn.Module):
     def finish(self, x: Tensor, scale: Tensor) -> Tensor:
         """The final layer: weightless layer norm, scale, projection to patch values."""
         normed = F.layer_norm(x, (x.shape[-1],), None, None, FINAL_NORM_EPS)
-        return self.final_linear(clamp_float16(normed * scale))
+        return self.final_linear(normed * scale)
 
 
 def _blocks(modules: nn.ModuleList) -> Iterator[Block]:

@@ -60,9 +60,10 @@ class Outcome:
             self.share = max(self.share, 0.0)
             return
         got, want = got.double(), want.double()
-        same_nan = got.isnan() & want.isnan()
-        difference = (got - want).abs().masked_fill(same_nan, 0.0)
-        largest = want.masked_fill(want.isnan(), 0.0).abs().max().item() if want.numel() else 0.0
+        same = (got == want) | (got.isnan() & want.isnan())  # infinities equal themselves only
+        difference = (got - want).abs().masked_fill(same, 0.0)
+        finite = want[want.isfinite()]
+        largest = finite.abs().max().item() if finite.numel() else 0.0
         allowed = absolute + relative * largest
         error = difference.max().item() if difference.numel() else 0.0
         if error != error or error > allowed:

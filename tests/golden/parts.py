@@ -316,7 +316,7 @@ def check_text_encoder(case: Case, store: ModelStore, tokenizer: Path | None) ->
 def _check_ids(case: Case, tokenizer: Path | None) -> Outcome:
     outcome = case.outcome("tokenizer")
     if tokenizer is None:
-        outcome.note = "no tokenizer folder beside the cases; name one with --tokenizer"
+        outcome.note = "skipped: no tokenizer folder beside the cases; name one with --tokenizer"
         outcome.skipped = True
         return outcome
     words = Tokenizer.from_path(tokenizer)
