@@ -8,9 +8,9 @@ from __future__ import annotations
 import inspect
 import os
 import secrets
+import threading
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,8 @@ class NativeImageGenerator:
     """The engine behind the signature that many programs use for image generators.
 
     Making one is cheap: it checks that the files exist. The weights are loaded by `load`, or by the
-    first `generate`, and stay. Not safe for use by several threads at once.
+    first `generate`, and stay. Several threads may call it; one
+    picture is made at a time, and `last_seed` is that of the last one.
 
     Args:
         model_path: A models folder (ComfyUI's or diffusers'), an all-in-one checkpoint, or, beside
@@ -83,21 +84,23 @@ class NativeImageGenerator:
         self.last_seed: int | None = None
         """Seed of the last picture: the one given, or the one drawn."""
         self._engine: Engine | None = None
+        self._loading = threading.Lock()
 
     def load(self) -> Engine:
         """Load the weights if they are not loaded yet; returns the engine."""
-        if self._engine is None:
-            from turbo.engine import Engine
+        from turbo.engine import Engine
 
-            self._engine = Engine.from_pretrained(
-                self.model_path,
-                text_encoder=self.clip_path,
-                vae=self.vae_path,
-                tokenizer=self.tokenizer_path,
-                device=self.device,
-                dtype=self.torch_dtype,
-                plan=self.plan,
-            )
+        with self._loading:
+            if self._engine is None:
+                self._engine = Engine.from_pretrained(
+                    self.model_path,
+                    text_encoder=self.clip_path,
+                    vae=self.vae_path,
+                    tokenizer=self.tokenizer_path,
+                    device=self.device,
+                    dtype=self.torch_dtype,
+                    plan=self.plan,
+                )
         return self._engine
 
     def generate(
@@ -137,11 +140,11 @@ class NativeImageGenerator:
             FailureError: The picture could not be made.
         """
         engine = self.load()
+        loras: list[object] = []
+        if lora_path is not None:
+            name = os.fspath(lora_path)
+            loras.append(name if lora_strength is None else (name, lora_strength))
         try:
-            if lora_path is not None:
-                name = os.fspath(lora_path)
-                lora = name if lora_strength is None else (name, lora_strength)
-                engine.set_loras([lora], strict=self.strict_loras)
             result = engine.generate(
                 prompt,
                 negative_prompt=negative_prompt,
@@ -151,9 +154,11 @@ class NativeImageGenerator:
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 on_progress=on_progress,
+                loras=loras,
+                strict_loras=self.strict_loras,
             )
         finally:
-            if lora_path is not None:
+            if loras:
                 engine.set_loras([])
         self.last_seed = result.seed
         return result.image
@@ -231,7 +236,7 @@ class ComfyUIImageGenerator:
         """
         from turbo.comfyui_workflow import picture_node, sampler_nodes, workflow_from_plan
 
-        plan = _request_plan(self.plan, num_inference_steps, guidance_scale, progressive)
+        plan = self.plan.resolved(progressive, num_inference_steps, guidance_scale)
         strength = plan.lora.default_strength if lora_strength is None else lora_strength
         seed = secrets.randbelow(NEW_SEEDS) if seed is None else seed
         workflow = workflow_from_plan(
@@ -308,22 +313,6 @@ def _existing(name: str, path: StrPath | None) -> Path | None:
     if not found.exists():
         raise CheckpointError(f"{name} {found} does not exist; give an existing file or folder")
     return found
-
-
-def _request_plan(
-    plan: Plan,
-    num_inference_steps: int | None,
-    guidance_scale: float | None,
-    progressive: bool | None,
-) -> Plan:
-    """The plan with a request's own numbers, which mean what they mean to the engine."""
-    if not (plan.progressive if progressive is None else progressive):
-        return plan.single_stage(num_inference_steps, guidance_scale)
-    first, *larger = plan.stages
-    steps = first.steps if num_inference_steps is None else num_inference_steps
-    cfg = first.cfg if guidance_scale is None else guidance_scale
-    first = replace(first, steps=steps, cfg=cfg)
-    return replace(plan, progressive=True, stages=(first, *larger))
 
 
 def _open_picture(data: bytes) -> Image:
