@@ -594,7 +594,7 @@ def pick_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise BadInputError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if chosen.type == "cuda" and (chosen.index or 0) >= count:
@@ -678,6 +678,8 @@ def _load(
 def _as_plan(plan: Plan | str | Path | None, default: Plan) -> Plan:
     if plan is None:
         return default
+    if not isinstance(plan, Plan | str | Path):
+        raise BadInputError(f"plan must be a Plan or a plan file, got {type(plan).__name__}")
     return plan if isinstance(plan, Plan) else load_plan(plan)
 
 

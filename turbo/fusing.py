@@ -61,9 +61,7 @@ class LoraChoice:
             if not is_number or not -MAX_STRENGTH <= strength <= MAX_STRENGTH:
                 raise LoraError(f"a LoRA's strength must be a finite number, got {strength!r}")
         path = resolve_lora(values[0], folder)
-        status = path.stat()
-        stamp = (status.st_size, status.st_mtime_ns)
-        return cls(path, float(strengths[0]), float(strengths[-1]), stamp)
+        return cls(path, float(strengths[0]), float(strengths[-1]), _stamp_of(path))
 
     def strength_on(self, component: str) -> float:
         """The strength for one component."""
@@ -180,8 +178,15 @@ class LoraFuser:
             checkpoint.release()
 
 
+def _stamp_of(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
 def _read_version(path: Path, stamp: tuple[int, int]) -> Lora:
-    """Read a file; `stamp` tells its versions apart."""
+    """Read one version of a file; another one must be chosen anew."""
+    if not path.exists() or _stamp_of(path) != stamp:
+        raise LoraError(f"{path}: has changed or gone since it was chosen; call set_loras again")
     return read_lora(path)
 
 

@@ -13,9 +13,11 @@ from turbo.plan import Stage
 
 
 def require_picture(image: object) -> None:
-    """Raise BadInputError unless `image` is a PIL image."""
+    """Raise BadInputError unless `image` is a PIL image with pixels."""
     if not isinstance(image, Image.Image):
         raise BadInputError(f"image must be a PIL image, got {type(image).__name__}")
+    if not all(image.size):
+        raise BadInputError(f"image must have pixels, got {image.width} x {image.height}")
 
 
 def latent_of_image(

@@ -117,7 +117,10 @@ class Case:
 def find_cases(folder: Path) -> Iterator[Case]:
     """Every case below a folder, in the order of their names."""
     for path in sorted(folder.rglob("*.json")):
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            facts = {"case": f"unreadable JSON ({error})"}
         if isinstance(facts, dict) and isinstance(facts.get("case"), str):
             yield Case(folder, path, facts)
 

@@ -995,6 +995,8 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"guidance_scale": float("inf"), "progressive": False}, "guidance_scale must be"),
     ({"plan": "absent.yaml"}, "absent.yaml"),
     ({"image": "a.png"}, "image must be a PIL image, got str"),
+    ({"plan": 5}, "plan must be a Plan or a plan file, got int"),
+    ({"image": Image.new("RGB", (0, 0))}, "image must have pixels, got 0 x 0"),
     ({"image": torch.zeros(3, 8, 8)}, "image must be a PIL image, got Tensor"),
     ({"strength": 0.5}, "strength needs an image"),
     ({"image": PICTURE, "strength": 0}, "strength must be above 0 and at most 1, got 0"),

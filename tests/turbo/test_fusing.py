@@ -244,6 +244,14 @@ def test_a_new_version_of_a_file_is_read(full: Loaded):
     assert torch.equal(full.weights()[OUT], next(iter(REPLACEMENT.values())))
 
 
+def test_a_file_replaced_after_it_was_chosen_is_refused(full: Loaded):
+    path = full.lora("d", DIFFERENCE)
+    choices = full.choose((path, 1.0))
+    os.utime(full.lora("d", REPLACEMENT), ns=(0, 0))
+    with pytest.raises(LoraError, match="has changed or gone since it was chosen"):
+        full.fuser.fuse(choices)
+
+
 def test_files_are_read_again_unless_they_are_kept(full: Loaded):
     path = full.lora("d", DIFFERENCE)
     keeping = LoraFuser(full.modules, full.checkpoints, keep_files=True)
