@@ -180,8 +180,7 @@ def _noise(prepared: PreparedStage) -> StageNoise:
 
 
 def _alternate(sides: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, Any]:
-    for run in sides.values():
-        run()
+    """Time the sides in turn; the check before it was their warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
