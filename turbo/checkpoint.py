@@ -249,8 +249,8 @@ def _arrange(
     prefix = find_prefix(component, names)
     if prefix is None:
         raise CheckpointError(
-            f"{label}: holds no {COMPONENT_WORDS[component]} (its first names are "
-            f"{some_names(sorted(names))})"
+            f"{label}: holds no {COMPONENT_WORDS[component]} "
+            f"(its first tensors: {some_names(sorted(names))})"
         )
     return Checkpoint(component, headers, prefix=prefix, config=config)
 

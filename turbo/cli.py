@@ -13,10 +13,11 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from turbo._version import __version__
 from turbo.errors import BadInputError, PlanError, TurboError
+from turbo.messages import one_line
 
 SEEDS = 2**64
 IMAGES_LIMIT = 1000
@@ -25,10 +26,12 @@ STEPS_LIMIT = 1000
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; argparse itself exits with 2."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         with contextlib.suppress(AttributeError, ValueError):
             # A file name need not be text that the terminal's encoding has.
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     # Huge pages for PyTorch's large tensors: a third off the decoder's time on a CPU. PyTorch reads
     # this once, when it first takes memory.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -70,14 +73,8 @@ def _report(message: str, code: int, debug: bool) -> int:
             import traceback
 
             traceback.print_exc()
-        print(f"turbo: {one_line(message)}", file=sys.stderr)
+        print(f"turbo: {one_line(message, limit=None)}", file=sys.stderr)
     return code
-
-
-def one_line(text: str) -> str:
-    """`text` in one line, without what could steer a terminal (file and tensor names may)."""
-    words = " ".join(text.split())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
 
 
 def _describe(error: Exception) -> str:
@@ -95,9 +92,16 @@ def _describe(error: Exception) -> str:
     return f"unexpected {kind}: {text} (--debug shows where)"
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line; the usage, a dozen lines, is in ``--help``."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"turbo: {one_line(message, limit=None)}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="turbo", description="Make pictures with Z-Image-Turbo.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"turbo {__version__}")
@@ -112,7 +116,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_generate(commands: Any) -> None:
     parser = _add_command(commands, "generate", "make a picture from a prompt")
-    parser.add_argument("prompt", metavar="PROMPT", type=_text, help="what the picture shows")
+    parser.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        type=_text,
+        help="what the picture shows; put -- before one that begins with -",
+    )
     what = parser.add_argument_group("picture")
     what.add_argument("--negative", metavar="TEXT", type=_text, default="", help="what it avoids")
     what.add_argument(

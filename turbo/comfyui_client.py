@@ -19,8 +19,9 @@ from typing import Any
 
 from turbo.comfyui_http import DEFAULT_URL, ServerHttp, Unreachable, is_loopback
 from turbo.comfyui_socket import EventSocket
-from turbo.comfyui_workflow import NODE_PACKS, Workflow, one_line, required_nodes
+from turbo.comfyui_workflow import NODE_PACKS, Workflow, required_nodes
 from turbo.errors import BackendError, BadInputError
+from turbo.messages import one_line
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from turbo.comfyui_workflow import SEED_NODE, one_line
+from turbo.comfyui_workflow import SEED_NODE
 from turbo.errors import WorkflowError
+from turbo.messages import one_line
 
 # Nodes that only hold a value, and the input it is in.
 _VALUE_NODES: Mapping[str, str] = {

@@ -12,8 +12,8 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from turbo.comfyui_workflow import one_line
 from turbo.errors import BackendError, BadInputError
+from turbo.messages import one_line
 
 DEFAULT_URL = "http://127.0.0.1:8188"
 

@@ -213,8 +213,11 @@ def workflow_from_plan(
 
     Raises:
         WorkflowError: ComfyUI's nodes cannot express the plan.
-        BadInputError: The seed or a LoRA cannot be used.
+        BadInputError: A text, the seed or a LoRA cannot be used.
     """
+    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if not isinstance(text, str):
+            raise BadInputError(f"{name} must be a string, got {type(text).__name__}")
     if not 0 <= seed < SEED_LIMIT:
         raise BadInputError(f"seed must be 0 to {SEED_LIMIT - 1}, got {seed}")
     if not plan.progressive and len(plan.stages) > 1:
@@ -274,12 +277,6 @@ def as_lora_use(lora: LoraInput, default_strength: float) -> LoraUse:
         if not math.isfinite(strength):
             raise BadInputError(f"strength of {lora.name} must be a finite number, got {strength}")
     return lora
-
-
-def one_line(text: object, limit: int = 300) -> str:
-    """Any text as one line that is not too long for an error message."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def _node_id(stage: int, role: str) -> str:

@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from turbo.errors import BadInputError, SaveError
+from turbo.errors import BadInputError
 from turbo.outputs import Outputs, Saved
-from turbo.plan import DEFAULT_PLAN, Plan, dump_plan, load_plan, plan_to_dict
+from turbo.plan import DEFAULT_PLAN, SEED_LIMIT, Plan, dump_plan, load_plan, plan_to_dict
+from turbo.whole_file import require_writable_folder, write_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from turbo.memory import MemoryNeed
     from turbo.model_files import ModelFiles
     from turbo.progress import ProgressBar
-
-SEEDS = 2**64
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?(nan|inf|infinity)", re.I)
 _BUILT_IN_NOTICE = (
@@ -138,14 +137,12 @@ def plan(args: Namespace) -> None:
     if args.output is None:
         print(text, end="")
         return
+    path = Path(os.path.expanduser(args.output))
+    require_writable_folder(path.parent)
     try:
-        with open(args.output, "x", encoding="utf-8") as file:
-            file.write(text)
+        write_whole(path, text.encode(), overwrite=False)
     except FileExistsError:
         raise BadInputError(f"{args.output!r} exists; give a name that is free") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SaveError(f"cannot write {args.output!r}: {reason}") from error
 
 
 def info(args: Namespace) -> None:
@@ -195,7 +192,7 @@ def generate(args: Namespace) -> None:
     paths = ModelPaths.of(plan, args.diffusion_model)
     loras = [_weighted(text, plan.lora.default_strength) for text in args.lora]
     outputs = Outputs.of(args)
-    outputs.check()
+    outputs.check([stage.name for stage in plan.stages[:-1]] if args.save_stages else [])
     image = _read_start(args)
     if args.dry_run:
         _dry_run(args, plan, paths, loras, outputs)
@@ -232,7 +229,7 @@ def generate(args: Namespace) -> None:
             saved = outputs.save(result, number, plan.stages[-1].name)
             progress.end_line()
             _print_result(args, result, saved, time.perf_counter() - started)
-            seed = (result.seed + 1) % SEEDS
+            seed = (result.seed + 1) % SEED_LIMIT
 
 
 def _precision(plan: Plan) -> dict[str, str]:
@@ -265,11 +262,12 @@ def parse_lora(text: str) -> tuple[str, float | None]:
         raise BadInputError(
             f"--lora needs FILE or FILE:STRENGTH, such as style.safetensors:0.8; got {text!r}"
         )
-    if not colon or not _NUMBER.fullmatch(tail):
-        return text, None
-    if not math.isfinite(float(tail)):
-        raise BadInputError(f"a LoRA's strength must be a finite number, got {tail!r}")
-    return path, float(tail)
+    is_number = _NUMBER.fullmatch(tail) is not None
+    if colon and (is_number or os.path.isfile(os.path.expanduser(path))):
+        if not is_number or not math.isfinite(float(tail)):
+            raise BadInputError(f"a LoRA's strength must be a finite number, got {tail!r}")
+        return path, float(tail)
+    return text, None
 
 
 def _weighted(text: str, default_strength: float) -> tuple[str, float]:
@@ -359,7 +357,7 @@ def _dry_run(
 def _dry_name(args: Namespace, outputs: Outputs, number: int) -> str:
     if outputs.given is None and args.seed is None:
         return "turbo-<seed>.png"
-    seed = 0 if args.seed is None else (args.seed + number - 1) % SEEDS
+    seed = 0 if args.seed is None else (args.seed + number - 1) % SEED_LIMIT
     return str(outputs.path(seed, number))
 
 
@@ -373,6 +371,7 @@ def _dry_lines(
         yield f"largest activations of {stage}: {_size(count)}"
     yield f"all weights and the largest activations: {_size(need.total)}"
     yield "activations are counted for 64 prompt tokens, without what libraries use for themselves"
+    yield f"tokenizer: {files.tokenizer or 'not found'}"
     for path, strength in loras:
         yield f"LoRA: {path} at {strength:g}"
     yield f"pictures: {', '.join(names[:4])}{', ...' * (len(names) > 4)}"

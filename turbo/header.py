@@ -66,9 +66,12 @@ def read_header(path: Path | str) -> Header:
             contents = json.loads(file.read(length), object_pairs_hook=_refuse_duplicates)
     except CheckpointError:
         raise
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {one_line(error)}") from error
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: is truncated, damaged or no safetensors file: {one_line(error)}"
+            f"{path}: is truncated, damaged or no safetensors file ({one_line(error)}); "
+            "get it again"
         ) from error
     metadata = contents.pop("__metadata__", None) or {}
     tensors = {name: _entry(path, name, fields) for name, fields in contents.items()}

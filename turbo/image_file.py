@@ -7,11 +7,8 @@ A picture carries two texts: `turbo`, a JSON object with everything needed to ma
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
-import os
-import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +16,9 @@ from typing import Any
 
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from turbo.errors import BadInputError, SaveError
+from turbo.errors import BadInputError
+from turbo.messages import reason
+from turbo.whole_file import cannot_save, write_whole
 
 METADATA_KEY = "turbo"
 PARAMETERS_KEY = "parameters"
@@ -83,24 +82,11 @@ def save_png(
         SaveError: The disk is full, the folder is missing or cannot be written; nothing is left.
         FileExistsError: The file exists and `overwrite` is false.
     """
-    temporary = None
     try:
         content = _encode(image, metadata, compress_level)
-        target = Path(os.path.realpath(path))
-        temporary = target.with_name(f".turbo-{secrets.token_hex(8)}.tmp")
-        _write_through(temporary, content)
-        _give_name(temporary, target, overwrite)
-    except FileExistsError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SaveError(
-            f"cannot save {str(path)!r}: {reason}; nothing was written under that name"
-        ) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+    except (OSError, ValueError) as error:  # of a mode that PNG lacks, or too large for it
+        raise cannot_save(path, error) from error
+    write_whole(path, content, overwrite=overwrite)
 
 
 def _encode(image: Image.Image, metadata: Mapping[str, Any] | None, compress_level: int) -> bytes:
@@ -128,49 +114,6 @@ def _storable(text: str) -> str:
     return (
         text.encode("utf-8", "replace").decode("utf-8").replace("\0", "\N{REPLACEMENT CHARACTER}")
     )
-
-
-def _write_through(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network folders
-                raise
-
-
-def _give_name(temporary: Path, target: Path, overwrite: bool) -> None:
-    if overwrite:
-        os.replace(temporary, target)
-        return
-    try:
-        os.link(temporary, target)  # fails if the name is taken, also by someone just now
-    except FileExistsError:
-        raise
-    except OSError:  # no hard links here: nearly as good
-        if target.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
-        os.replace(temporary, target)
-
-
-def require_writable_folder(folder: Path) -> None:
-    """Find out before the work whether a file can be made in `folder`.
-
-    Raises:
-        BadInputError: There is no such folder.
-        SaveError: No file can be made in it.
-    """
-    if not folder.is_dir():
-        raise BadInputError(f"the output folder {str(folder)!r} does not exist; make it first")
-    probe = folder / f".turbo-{secrets.token_hex(8)}.tmp"
-    try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise SaveError(f"cannot write into the folder {str(folder)!r}: {reason}") from error
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:
@@ -218,15 +161,14 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadInputError(f"{str(path)!r} is too large a picture") from None
     except Exception as error:  # Pillow's readers raise many kinds on broken files
-        reason = getattr(error, "strerror", None) or error
-        raise BadInputError(f"cannot read the picture {str(path)!r}: {reason}") from None
+        raise BadInputError(f"cannot read the picture {str(path)!r}: {reason(error)}") from None
 
 
 def infotext(metadata: Mapping[str, Any], size: tuple[int, int]) -> str:
     """The A1111 `parameters` text of a picture of `size` (width, height).
 
-    Sampler, steps, cfg and seed are those of the first stage; `Stages` lists them all. LoRA
-    strengths stand in the prompt as `<lora:name:strength>`, as that format has it.
+    Sampler, steps, cfg and seed are those of the first stage that ran; `Stages` lists all that
+    did. LoRA strengths stand in the prompt as `<lora:name:strength>`, as that format has it.
     """
     loras = [lora for lora in metadata.get("loras", ()) if lora.get("name")]
     prompt = _full_prompt(metadata)
@@ -239,6 +181,8 @@ def infotext(metadata: Mapping[str, Any], size: tuple[int, int]) -> str:
     values = _sampling(metadata, stages)
     values["Size"] = f"{size[0]}x{size[1]}"
     values |= _models(metadata, loras)
+    if "strength" in metadata:
+        values["Denoising strength"] = f"{metadata['strength']:g}"
     if len(stages) > 1:
         values["Stages"] = "; ".join(_stage_text(stage) for stage in stages)
     values["Version"] = f"turbo {metadata.get('version', '')}".strip()
@@ -266,9 +210,15 @@ def _sampling(metadata: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) 
 
 
 def _stages(metadata: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The stages that ran: all, or those from where a given picture entered."""
     generation = metadata.get("plan", {}).get("generation", {})
     keys = (f"stage{number}" for number in range(1, generation.get("stages", 0) + 1))
-    return [generation[key] for key in keys if key in generation]
+    stages = {generation[k].get("name", k): generation[k] for k in keys if k in generation}
+    first = metadata.get("first_stage")
+    if first not in stages:
+        return list(stages.values())
+    _, *rest = list(stages.values())[list(stages).index(first) :]
+    return [{**stages[first], "denoise": metadata["strength"]}, *rest]
 
 
 def _stage_text(stage: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from turbo._version import __version__
 from turbo.errors import CheckpointError
-from turbo.model_files import ModelFiles, find_model_files
+from turbo.model_files import ModelFiles, find_model_files, hub_cache, user_cache
 
 PACKAGES = (
     "torch",
@@ -64,7 +64,7 @@ def collect_info(
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": _devices(),
-        "caches": _caches(),
+        "caches": {"turbo": str(user_cache() / "turbo"), "hugging_face": str(hub_cache())},
         "model": _model(model, given) if is_given else None,
     }
 
@@ -109,16 +109,6 @@ def _host_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # not on Windows
         return None
-
-
-def _caches() -> dict[str, str]:
-    """Folders that the named programs write into, as the environment sets them."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    hugging_face = os.environ.get("HF_HOME") or home / "huggingface"
-    return {
-        "turbo": str(home / "turbo"),
-        "hugging_face": str(os.environ.get("HF_HUB_CACHE") or Path(hugging_face) / "hub"),
-    }
 
 
 def _model(path: str | Path | None, given: dict[str, str | Path | None]) -> dict[str, Any]:

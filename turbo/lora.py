@@ -84,10 +84,7 @@ class Hadamard:
         return self.first.shape
 
     def add_to(self, weight: Tensor, scale: float) -> None:
-        first, second = (
-            _like(weight, factor.up) @ _like(weight, factor.down)
-            for factor in (self.first, self.second)
-        )
+        first, second = _matrix(weight, self.first), _matrix(weight, self.second)
         weight.addcmul_(first, second, value=scale)
 
 
@@ -104,12 +101,7 @@ class Kronecker:
         return math.prod(rows), math.prod(columns)
 
     def add_to(self, weight: Tensor, scale: float) -> None:
-        first, second = (
-            _like(weight, factor.up) @ _like(weight, factor.down)
-            if isinstance(factor, LowRank)
-            else _like(weight, factor)
-            for factor in (self.first, self.second)
-        )
+        first, second = _matrix(weight, self.first), _matrix(weight, self.second)
         # blocks[a, c, b, d] is row a * rows(second) + c, column b * columns(second) + d.
         blocks = weight.view(first.shape[0], second.shape[0], first.shape[1], second.shape[1])
         blocks.addcmul_(first[:, None, :, None], second[None, :, None, :], value=scale)
@@ -206,6 +198,12 @@ def _go_towards(weight: Tensor, goal: Tensor, strength: float) -> None:
 
 def _like(weight: Tensor, factor: Tensor) -> Tensor:
     return factor.to(device=weight.device, dtype=weight.dtype)
+
+
+def _matrix(weight: Tensor, factor: Tensor | LowRank) -> Tensor:
+    if isinstance(factor, LowRank):
+        return _like(weight, factor.up) @ _like(weight, factor.down)
+    return _like(weight, factor)
 
 
 def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -596,7 +594,7 @@ def require_full_match(match: LoraMatch, lora: Lora) -> None:
     if not match.unused:
         return
     reason = (
-        "strict=False applies the rest"
+        "strict=False (--no-strict-lora) applies the rest"
         if match.used
         else "the file is a LoRA for another model, or of no supported form"
     )

@@ -69,30 +69,26 @@ def count_memory(
     Raises:
         CheckpointError: The files do not hold what the component needs.
     """
+    shapes = {component: checkpoint.shapes for component, checkpoint in checkpoints.items()}
+    groups = checkpoints[AUTOENCODER].config.get("norm_num_groups", 32)
+    network_config = TransformerConfig.from_shapes(shapes[NETWORK])
+    text_config = TextEncoderConfig.from_shapes(shapes[TEXT_ENCODER])
+    picture_config = AutoencoderConfig.from_shapes(shapes[AUTOENCODER], norm_num_groups=groups)
+    network = Transformer(network_config, "meta", dtypes[NETWORK])
+    text_encoder = TextEncoder(text_config, "meta", dtypes[TEXT_ENCODER])
+    autoencoder = Autoencoder(picture_config, "meta", dtypes[AUTOENCODER])
+    modules: dict[str, nn.Module] = {
+        NETWORK: network,
+        TEXT_ENCODER: text_encoder,
+        AUTOENCODER: autoencoder,
+    }
+    check_fit(network, checkpoints[NETWORK])
+    check_fit(text_encoder, checkpoints[TEXT_ENCODER])
+    check_fit(autoencoder, checkpoints[AUTOENCODER])
     with torch.device("meta"):
-        network = Transformer(
-            TransformerConfig.from_shapes(checkpoints[NETWORK].shapes), "meta", dtypes[NETWORK]
-        )
-        text_encoder = TextEncoder(
-            TextEncoderConfig.from_shapes(checkpoints[TEXT_ENCODER].shapes),
-            "meta",
-            dtypes[TEXT_ENCODER],
-        )
-        autoencoder = Autoencoder(
-            AutoencoderConfig.from_shapes(checkpoints[AUTOENCODER].shapes),
-            "meta",
-            dtypes[AUTOENCODER],
-        )
         activations = {stage.name: _stage_bytes(network, stage) for stage in plan.stages}
         activations["decode"] = _decode_bytes(autoencoder, plan)
-    weights = {}
-    for component, module in (
-        (NETWORK, network),
-        (TEXT_ENCODER, text_encoder),
-        (AUTOENCODER, autoencoder),
-    ):
-        check_fit(module, checkpoints[component])
-        weights[component] = _weight_bytes(module)
+    weights = {component: _weight_bytes(module) for component, module in modules.items()}
     return MemoryNeed(weights, activations)
 
 

@@ -184,6 +184,18 @@ def resolve_lora(name_or_path: Path | str, loras_dir: Path | None) -> Path:
     raise LoraError(f"{wanted}: no such LoRA in {loras_dir}; there is {_list(close) or 'none'}")
 
 
+def user_cache() -> Path:
+    """The folder of the user's caches; relative if the user has no home."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return given if given.is_absolute() else _expand("~") / ".cache"
+
+
+def hub_cache() -> Path:
+    """The folder into which Hugging Face's programs load repositories."""
+    home = os.environ.get("HF_HOME") or user_cache() / "huggingface"
+    return _expand(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+
+
 @dataclass(frozen=True, slots=True)
 class _Home:
     """What the given path turned out to be."""
@@ -409,7 +421,7 @@ def _tokenizer_places(home: _Home, text_encoder: Path) -> Iterator[Path]:
 
 def _hub_snapshots(repository: str, folder: str) -> Iterator[Path]:
     """Snapshots of a repository in the Hugging Face cache, the one that ``main`` names first."""
-    for cached in sorted(_hub_cache().glob(f"models--{repository}")):
+    for cached in sorted(hub_cache().glob(f"models--{repository}")):
         try:
             main = (cached / "refs" / "main").read_text().strip()
         except (OSError, ValueError):
@@ -417,12 +429,6 @@ def _hub_snapshots(repository: str, folder: str) -> Iterator[Path]:
         snapshots = sorted(cached.glob("snapshots/*"), key=lambda path: (path.name != main, path))
         for snapshot in snapshots:
             yield snapshot / folder
-
-
-def _hub_cache() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    home = os.environ.get("HF_HOME") or cache / "huggingface"
-    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub"))
 
 
 def _first_tokenizer(places: Iterable[Path]) -> Path | None:

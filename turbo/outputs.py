@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbo.errors import BadInputError, SaveError
+from turbo.messages import reason
+from turbo.whole_file import require_writable_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,28 +35,34 @@ class Outputs:
 
     @classmethod
     def of(cls, args: Namespace) -> Outputs:
-        """The outputs that the flags ask for."""
-        given = None if args.output is None else Path(os.path.expanduser(args.output))
-        return cls(given, args.n, not args.no_metadata)
-
-    def check(self) -> None:
-        """Find out before the work whether the pictures can be saved.
+        """The outputs that the flags ask for.
 
         Raises:
-            BadInputError: The name does not end in .png, is a folder, or lies in none.
+            BadInputError: The name does not end in .png.
+        """
+        given = None
+        if args.output is not None:
+            if os.path.splitext(os.path.basename(args.output))[1].lower() != SUFFIX:
+                raise BadInputError(f"-o must be a name that ends in {SUFFIX}, got {args.output!r}")
+            given = Path(os.path.expanduser(args.output))
+        return cls(given, args.n, not args.no_metadata)
+
+    def check(self, stages: Sequence[str] = ()) -> None:
+        """Find out before the work whether the pictures can be saved.
+
+        Args:
+            stages: Names of the stages that are saved as well.
+
+        Raises:
+            BadInputError: A name is a folder's, lies in none, or cannot be a file's.
             SaveError: The folder cannot be written.
         """
-        from turbo.image_file import require_writable_folder
-
-        if self.given is None:
-            require_writable_folder(Path())
-            return
-        if self.given.suffix.lower() != SUFFIX:
-            raise BadInputError(f"-o must end in {SUFFIX}, got {str(self.given)!r}")
-        for path in (self.path(0, number) for number in range(1, self.count + 1)):
-            if path.is_dir():
-                raise BadInputError(f"-o must be a file, but {str(path)!r} is a folder")
-        require_writable_folder(self.given.parent)
+        require_writable_folder(Path() if self.given is None else self.given.parent)
+        if self.given is not None:
+            for path in (self.path(0, number) for number in range(1, self.count + 1)):
+                _require_file_name(path)
+                for stage in stages:
+                    _require_file_name(_stage_path(path, stage))
 
     def path(self, seed: int, number: int) -> Path:
         """Where picture `number` (from 1) of `seed` goes if no file is in the way."""
@@ -75,7 +83,7 @@ class Outputs:
         stages = {}
         for name, image in kept.items():
             if name != last_stage:
-                stages[name] = path.with_name(f"{path.stem}-{name}{SUFFIX}")
+                stages[name] = _stage_path(path, name)
                 self._write(image, stages[name], {**result.metadata[0], "stage": name})
         return Saved(path, stages)
 
@@ -106,6 +114,23 @@ class Saved:
 
     path: Path
     stages: dict[str, Path]
+
+
+def _stage_path(path: Path, stage: str) -> Path:
+    return path.with_name(f"{path.stem}-{stage}{SUFFIX}")
+
+
+def _require_file_name(path: Path) -> None:
+    if os.path.isdir(path):
+        raise BadInputError(f"-o must be a file, but {str(path)!r} is a folder")
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # too long, say
+        raise BadInputError(
+            f"{str(path)!r} cannot be a file: {reason(error)}; give another -o"
+        ) from None
 
 
 def _free_names(path: Path) -> Iterator[Path]:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from turbo.errors import PlanError
+from turbo.messages import one_line
 from turbo.yaml_file import KeyPath, read_yaml, write_yaml
 
 SAMPLERS: tuple[str, ...] = (
@@ -472,11 +473,9 @@ def _shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     try:
-        text = repr(value)
+        return one_line(repr(value), 80)
     except ValueError:  # Python refuses to print an integer of more than 4300 digits
         return "a number too long to print"
-    text = " ".join(text.split())
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _did_you_mean(given: object, allowed: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -74,7 +75,7 @@ class ProgressBar:
             self._write("\n")
 
     def _line(self, stage: str, step: int, total: int, seconds: float) -> str:
-        columns = shutil.get_terminal_size().columns
+        columns = self._columns()
         label = f"{self.prefix}{self.labels.get(stage, stage)}"
         label = label.ljust(max(map(len, self.labels.values()), default=0) + len(self.prefix))
         numbers = f"{step:>{len(str(total))}}/{total} {seconds:6.1f} s"
@@ -82,6 +83,12 @@ class ProgressBar:
         if width < 4:
             return f"{label} {numbers}"[: max(columns - 1, 0)]
         return f"{label} {self._bar(width, step, total)} {numbers}"
+
+    def _columns(self) -> int:
+        with contextlib.suppress(OSError, ValueError):  # standard output may lead elsewhere
+            if columns := os.get_terminal_size(self.stream.fileno()).columns:
+                return columns
+        return shutil.get_terminal_size().columns
 
     def _bar(self, width: int, step: int, total: int) -> str:
         done = width * min(step, total) // max(total, 1)

@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from turbo.errors import BadInputError, SaveError
+from turbo.model_files import user_cache
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER, diffusers_names, is_plain_matrix
 
 LAYOUTS = ("comfyui", "diffusers")
@@ -99,7 +101,7 @@ def make_tiny_model(
             unfinished = Path(temporary, "model")
             _write_model(unfinished, layout, seed, _DTYPES[dtype])
             os.replace(unfinished, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise SaveError(f"{folder}: cannot write the model: {error}") from error
     return folder
 
@@ -114,7 +116,7 @@ def builtin_model(cache_dir: Path | str | None = None, seed: int = 0) -> Path:
     Returns:
         Its folder; in a temporary place, removed at exit, if the cache cannot be written.
     """
-    cache = Path(cache_dir) if cache_dir is not None else _user_cache() / "turbo"
+    cache = Path(cache_dir) if cache_dir is not None else user_cache() / "turbo"
     folder = cache / f"tiny-model-v1-{seed}"
     try:
         if not _is_complete(folder):
@@ -517,11 +519,6 @@ def _file_sizes(folder: Path) -> dict[str, int]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != _CONTENTS_FILE
     }
-
-
-def _user_cache() -> Path:
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return given if given.is_absolute() else Path(os.path.expanduser("~"), ".cache")
 
 
 def _is_complete(folder: Path) -> bool:

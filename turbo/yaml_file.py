@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbo.errors import PlanError
+from turbo.messages import one_line, reason
 
 if TYPE_CHECKING:
     from yaml import Node
@@ -77,8 +78,7 @@ def _read_bytes(path: Path) -> bytes:
         with path.open("rb") as file:
             content = file.read(FILE_LIMIT + 1)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PlanError(f"cannot read the plan file {str(path)!r}: {reason}") from None
+        raise PlanError(f"cannot read the plan file {str(path)!r}: {reason(error)}") from None
     if len(content) > FILE_LIMIT:
         raise PlanError(f"{path} is larger than {FILE_LIMIT // 1024} KiB; that is not a plan file")
     return content
@@ -193,5 +193,4 @@ class _TreeReader:
 
 
 def _not_plain(text: str) -> str:
-    shown = text if len(text) <= 40 else text[:37] + "..."
-    return f"{shown!r} is not a plain decimal number; put it in quotes if it is text"
+    return f"{one_line(text, 40)!r} is not a plain decimal number; put it in quotes if it is text"

@@ -334,6 +334,16 @@ def test_a_missing_file_is_named(tmp_path: Path):
         open_file(NETWORK, tmp_path / "gone.safetensors")
 
 
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: Any):
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = write(tmp_path / "mine.safetensors", small_network())
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"mine\.safetensors: cannot be read: .*denied$"):
+        open_file(NETWORK, path)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
 def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.conftest import REPOSITORY
 from turbo import __version__, commands
-from turbo.cli import main, one_line
+from turbo.cli import main
 from turbo.commands import parse_lora
 from turbo.errors import BadInputError, NonFiniteLatentError
 from turbo.image_file import read_metadata
@@ -87,20 +87,29 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
         assert main(arguments) == code
     except SystemExit as error:
         assert error.code == code  # noqa: PT017
-        return capsys.readouterr().err.splitlines()[-1]
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
     return err
 
 
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+
+
 def python(*arguments: str, **streams: Any) -> subprocess.CompletedProcess[str]:
     """Run Python in a process of its own, with this checkout's `turbo`."""
-    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
     command = [sys.executable, *arguments]
-    return subprocess.run(command, text=True, timeout=120, env=environment, **streams)
+    return subprocess.run(command, text=True, timeout=120, env=environment(), **streams)
+
+
+def environment() -> dict[str, str]:
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def turbo(*arguments: str, **streams: Any) -> subprocess.CompletedProcess[str]:
@@ -289,8 +298,9 @@ def test_a_lora_whose_name_ends_like_a_strength_can_be_named():
     assert parse_lora("style:2:0.5") == ("style:2", 0.5)
 
 
-@pytest.mark.parametrize("text", ["", ":0.8", "a:", "a:nan", "a:-inf", ":"])
+@pytest.mark.parametrize("text", ["", ":0.8", "a:", "a:nan", "a:-inf", ":", "there:strong"])
 def test_a_lora_needs_a_name_and_a_finite_strength(text: str):
+    Path("there").touch()
     with pytest.raises(BadInputError, match=r"--lora needs FILE|finite number"):
         parse_lora(text)
 
@@ -395,10 +405,16 @@ def test_pictures_that_are_done_stay_when_a_later_one_fails(
             ["generate", "x", "--plan", "none.yaml"],
             "cannot read the plan file 'none.yaml': No such",
         ),
-        (["generate", "x", "-o", "a.jpg"], "-o must end in .png, got 'a.jpg'"),
-        (["generate", "x", "-o", "a"], "-o must end in .png, got 'a'"),
-        (["generate", "x", "-o", ""], "-o must end in .png"),
-        (["generate", "x", "-o", ".png"], "-o must end in .png"),
+        (["generate", "x", "-o", "a.jpg"], "-o must be a name that ends in .png, got 'a.jpg'"),
+        (["generate", "x", "-o", "a"], "-o must be a name that ends in .png, got 'a'"),
+        (["generate", "x", "-o", ""], "-o must be a name that ends in .png, got ''"),
+        (["generate", "x", "-o", ".png"], "-o must be a name that ends in .png, got '.png'"),
+        (["generate", "x", "-o", "a.png/"], "-o must be a name that ends in .png, got 'a.png/'"),
+        (["generate", "x", "-o", "a" * 300 + ".png"], "cannot be a file: File name too long"),
+        (
+            ["generate", "x", "-o", "a" * 248 + ".png", "--save-stages"],
+            "-stage1.png' cannot be a file: File name too long; give another -o",
+        ),
         (
             ["generate", "x", "-o", "no/a.png"],
             "the output folder 'no' does not exist; make it first",
@@ -443,10 +459,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
+    fill_the_disk(monkeypatch)
     message = refused(capsys, "generate", "x", "--model", "m", code=1)
     assert "cannot save 'turbo-7.png': No space left on device" in message
     assert os.listdir(folder) == []
@@ -481,12 +494,6 @@ def test_a_failure_is_one_line_with_its_exit_code(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_messages_cannot_steer_a_terminal():
-    assert one_line("a\n\tb \x1b]0;x\x07 \x9b \u202e é 灯 \udcff") == (
-        "a b \\x1b]0;x\\x07 \\x9b \\u202e é 灯 \\udcff"
-    )
-
-
 def test_a_mistaken_plan_is_found_before_torch_is_imported(folder: Path):
     Path("plan.yaml").write_text("generation:\n  stage1:\n    height: 1000\n")
     code = (
@@ -510,6 +517,15 @@ def test_output_that_cannot_be_written_is_a_failure():
     assert done.stderr == "turbo: No space left on device (--debug shows where)\n"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such shell on Windows")
+def test_streams_that_are_closed_are_no_error(folder: Path):
+    command = f"{sys.executable} -m turbo plan -o a.yaml <&- >&- 2>&- && "
+    command += f"{sys.executable} -m turbo plan >&-"
+    done = subprocess.run(["sh", "-c", command], env=environment(), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert load_plan("a.yaml") == DEFAULT_PLAN
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes break otherwise on Windows")
 def test_a_reader_that_goes_away_is_no_error():
     reader, writer = os.pipe()
@@ -529,7 +545,16 @@ def test_the_plan_command_prints_a_plan(capsys: pytest.CaptureFixture[str]):
     assert main(["plan", "--plan", "plan.yaml", "--single-stage", "-o", "one.yaml"]) == 0
     assert load_plan("one.yaml") == DEFAULT_PLAN.single_stage()
     assert "'one.yaml' exists" in refused(capsys, "plan", "-o", "one.yaml")
-    assert "cannot write 'no/a.yaml'" in refused(capsys, "plan", "-o", "no/a.yaml", code=1)
+    assert "folder 'no' does not exist" in refused(capsys, "plan", "-o", "no/a.yaml")
+
+
+def test_a_plan_on_a_full_disk_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    fill_the_disk(monkeypatch)
+    message = refused(capsys, "plan", "-o", "a.yaml", code=1)
+    assert "cannot save 'a.yaml': No space left on device" in message
+    assert os.listdir(folder) == []
 
 
 def test_info_tells_versions_and_names_a_missing_model(capsys: pytest.CaptureFixture[str]):
@@ -619,6 +644,7 @@ def test_a_dry_run_prints_plan_and_memory_and_makes_nothing(
     assert err == ""
     assert re.search(r"# weights of network: [\d.]+ MiB, from .*safetensors", out)
     assert "# largest activations of decode: " in out
+    assert re.search(r"# tokenizer: .+", out)
     assert "# pictures: a.png" in out
     Path("again.yaml").write_text(out)
     assert load_plan("again.yaml").stages == load_plan("plan.yaml").stages

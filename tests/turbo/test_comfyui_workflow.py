@@ -153,6 +153,12 @@ def test_impossible_seeds_are_refused(seed):
         default_workflow(seed=seed)
 
 
+def test_a_prompt_that_is_no_text_is_refused():
+    for name in ("prompt", "negative_prompt"):
+        with pytest.raises(BadInputError, match=f"{name} must be a string, got int"):
+            default_workflow(**{name: 5})
+
+
 @pytest.mark.parametrize("lora", ["", ("a", float("nan")), ("a", 1.0, float("inf"))])
 def test_impossible_loras_are_refused(lora):
     with pytest.raises(BadInputError):

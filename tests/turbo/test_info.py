@@ -57,3 +57,10 @@ def test_the_caches_follow_the_environment(tmp_path: Path, monkeypatch: pytest.M
         "turbo": str(tmp_path / "cache" / "turbo"),
         "hugging_face": str(tmp_path / "hf" / "hub"),
     }
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative, which the standard says to ignore")
+    assert collect_info()["caches"] == {
+        "turbo": str(tmp_path / ".cache" / "turbo"),
+        "hugging_face": str(tmp_path / ".cache" / "huggingface" / "hub"),
+    }

@@ -17,7 +17,7 @@ from turbo.errors import CheckpointError
 from turbo.memory import MemoryNeed, _peak_bytes, count_memory, weight_dtypes
 from turbo.model_files import find_model_files
 from turbo.plan import DEFAULT_PLAN
-from turbo.testing import make_tiny_model
+from turbo.testing import TINY_AUTOENCODER, make_tiny_model
 
 FLOAT32 = weight_dtypes("float32", "cpu")
 
@@ -95,3 +95,12 @@ def test_float16_keeps_the_autoencoder_in_float32():
         "text_encoder": torch.float16,
         "autoencoder": torch.float32,
     }
+
+
+def test_an_autoencoder_with_groups_of_its_own_is_counted(tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setitem(TINY_AUTOENCODER, "ch", 16)
+    folder = make_tiny_model(tmp_path / "model", layout="diffusers")
+    config = folder / "vae" / "config.json"
+    config.write_text(config.read_text().replace('"norm_num_groups": 32', '"norm_num_groups": 16'))
+    need = count_memory(find_model_files(folder).open(), DEFAULT_PLAN, FLOAT32)
+    assert need.activations["decode"] > 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import sys
 
 import pytest
 
@@ -90,6 +92,22 @@ def test_a_line_never_wraps(columns: str, monkeypatch: pytest.MonkeyPatch):
     stream = Terminal()
     ProgressBar(stream, {"stage1": "stage1 176x224"})("stage1", 9, 9)
     assert all(len(line) < int(columns) for line in drawn(stream))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such terminals")
+def test_the_width_is_that_of_the_terminal_it_draws_on(monkeypatch: pytest.MonkeyPatch):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    with open(terminal, "w", encoding="utf-8") as stream:
+        ProgressBar(stream, {"stage1": "stage1 176x224"})("stage1", 9, 9)
+        line = os.read(main, 1000).decode()
+    os.close(main)
+    assert len(re.sub(r"\x1b\[\d*[mK]|\r", "", line)) == 39
 
 
 def test_a_fast_stage_is_not_redrawn_at_every_step():

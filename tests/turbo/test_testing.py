@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3ForCausalLM
@@ -196,9 +197,12 @@ def test_an_empty_folder_is_filled(tmp_path: Path):
     assert find_model_files(make_tiny_model(tmp_path / "empty"))
 
 
-def test_nothing_is_left_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_nothing_is_left_when_writing_fails(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def full_disk(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise kind("No space left on device")
 
     monkeypatch.setattr("turbo.testing.save_file", full_disk)
     with pytest.raises(SaveError, match="No space left"):
