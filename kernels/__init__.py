@@ -1,0 +1,1 @@
+"""Fused operations: one file each, kernel, launcher and PyTorch reference side by side."""
