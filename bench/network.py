@@ -38,6 +38,7 @@ from turbo.pipeline import (
     run_stages,
 )
 from turbo.plan import DEFAULT_PLAN
+from turbo.precision import arithmetic_dtype
 from turbo.samplers import SAMPLERS
 from turbo.testing import TINY_AUTOENCODER, autoencoder_shapes, initialise, zimage_shapes
 from turbo.transformer import Transformer, TransformerConfig
@@ -64,7 +65,13 @@ class Rivals:
         self.dtype = dtype
         network = initialise(zimage_shapes(NETWORK_CONFIG), seed=1)
         picture = initialise(autoencoder_shapes(TINY_AUTOENCODER), seed=2)
-        self.transformer = _ours(Transformer, TransformerConfig, network, dtype)
+        self.transformer = _ours(
+            Transformer,
+            TransformerConfig,
+            network,
+            dtype,
+            compute_dtype=arithmetic_dtype(dtype, "cpu"),
+        )
         self.autoencoder = _ours(Autoencoder, AutoencoderConfig, picture, dtype)
         self.models = Models(
             None,  # type: ignore[arg-type]
@@ -221,10 +228,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _ours(module_type: Any, config_type: Any, values: dict[str, Tensor], dtype: Any) -> Any:
-    module = module_type(
-        config_type.from_shapes({name: tuple(v.shape) for name, v in values.items()}), "cpu", dtype
-    )
+def _ours(
+    module_type: Any, config_type: Any, values: dict[str, Tensor], dtype: Any, **options: Any
+) -> Any:
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    module = module_type(config_type.from_shapes(shapes), "cpu", dtype, **options)
     for name, tensor in module.native_tensors().items():
         tensor.copy_(values[name])
     return module

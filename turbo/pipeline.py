@@ -23,7 +23,7 @@ from turbo.samplers import SAMPLERS, SamplerTrace, sampler_sigmas, trace_sampler
 from turbo.sigmas import percent_to_sigma, require_falling, stage_sigmas
 from turbo.text_encoder import TextEncoder
 from turbo.tokenizer import Tokenizer, attention_mask
-from turbo.transformer import Transformer
+from turbo.transformer import Transformer, padded_length
 
 OnStep = Callable[[plans.Stage, int, int], None]
 """Called with (stage, denoiser evaluations done, evaluations in all)."""
@@ -34,16 +34,22 @@ _CPU = torch.device("cpu")
 
 @dataclass(slots=True)
 class Models:
-    """The parts that make a picture."""
+    """The parts that make a picture, and what runs each: the part itself or a faster stand-in."""
 
     tokenizer: Tokenizer
     text_encoder: TextEncoder
     transformer: Transformer
     autoencoder: Autoencoder
     network: Network
-    """What runs a network call: the transformer itself or a faster stand-in."""
+    """What runs a network call, with the arguments of `Transformer.forward`."""
     device: torch.device = _CPU
     """Where the work is done; modules may be kept elsewhere while they rest."""
+    encode: Callable[[Tensor, Tensor], Tensor] | None = None
+    """What turns padded ids into features, as `TextEncoder.forward`; None: the encoder itself."""
+    refine: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """What turns padded features into a caption, as `Transformer.refine_padded`."""
+    decode: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    """What turns a latent into a picture, as this module's `decode`."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -162,13 +168,31 @@ def encode_prompt(models: Models, prompt: str, *, max_tokens: int | None = None)
 def encode_ids(models: Models, ids: Sequence[int]) -> Tensor:
     """Run the text encoder on a prompt's token ids: features, [1, tokens, caption_dim]."""
     mask = attention_mask(ids, models.tokenizer.pad_id)
-    visible = None if all(mask) else torch.tensor([mask])
-    return models.text_encoder.encode(torch.tensor([list(ids)]), visible)
+    if all(mask):
+        return encode_visible(models, ids)
+    return models.text_encoder.encode(torch.tensor([list(ids)]), torch.tensor([mask]))
+
+
+def encode_visible(models: Models, ids: Sequence[int]) -> Tensor:
+    """`encode_ids` of a prompt without the pad token.
+
+    The ids are padded to a multiple of 32, so that prompts have few different shapes; no token sees
+    those after it.
+    """
+    encoder = models.text_encoder
+    padded = torch.zeros(1, padded_length(len(ids)), dtype=torch.int64)
+    padded[0, : len(ids)] = torch.tensor(list(ids))
+    encoder.check_ids(padded)
+    rotary = encoder.rotary_table(padded.shape[1])
+    features: Tensor = (models.encode or encoder)(padded.to(rotary.device), rotary)
+    return features[:, : len(ids)]
 
 
 def refine(models: Models, features: Tensor) -> Caption:
     """Turn `encode_prompt`'s features into the network's caption: once a prompt."""
-    return Caption(models.transformer.refine_caption(features), features.shape[1])
+    transformer = models.transformer
+    run = models.refine or transformer.refine_padded
+    return Caption(transformer.refine_caption(features, run), features.shape[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ the checkpoint's names back as views.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -95,113 +95,7 @@ class TextEncoderConfig:
         )
 
 
-class TextEncoder(nn.Module):
-    """Turns token ids into caption features: the input of Qwen3's last layer.
-
-    Attributes:
-        config: Its dimensions.
-        layers: The layers that exist, in order; each maps (hidden, cos, sin, mask) to hidden.
-        compute_dtype: Dtype to calculate and answer in. float32 is the reference's, whatever dtype
-            the weights have: features in bfloat16 make another picture.
-    """
-
-    def __init__(
-        self,
-        config: TextEncoderConfig,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        compute_dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """Allocate the weights without filling them; `device` may be "meta"."""
-        super().__init__()
-        self.config = config
-        self.compute_dtype = compute_dtype
-        shape = (config.vocab_size, config.hidden_size)
-        self.embed_tokens = _weight(*shape, device=device, dtype=dtype)
-        self.layers = nn.ModuleList(
-            _Layer(config, device, dtype) for _ in range(config.num_layers - 1)
-        )
-        # Not buffers: a cast of the module must leave them float32.
-        self._cos = self._sin = torch.empty(0, config.head_dim)
-
-    def prepare(self, length: int) -> None:
-        """Make rotary tables for sequences of up to `length` tokens, on the weights' device.
-
-        `forward` reads them only, so that it can be captured: call this before. Tables never
-        shrink; growing them allocates new ones, which an earlier capture does not see.
-        """
-        device = self.embed_tokens.device
-        if self._cos.shape[0] >= length and self._cos.device == device:
-            return
-        length = max(length, _FIRST_TABLE_LENGTH)
-        self._cos, self._sin = _rotary_tables(self.config, length, device)
-
-    def encode(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Check the ids, prepare and run `forward`; ids and mask may be on any device.
-
-        Raises:
-            BadInputError: There is no token, or an id is outside the vocabulary.
-        """
-        self.check_ids(ids)
-        self.prepare(ids.shape[1])
-        device = self.embed_tokens.device
-        return cast(Tensor, self(ids.to(device), None if mask is None else mask.to(device)))
-
-    def check_ids(self, ids: Tensor) -> None:
-        """Raise BadInputError unless `ids` is [batch, tokens] with ids of this vocabulary."""
-        if ids.dim() != 2 or ids.numel() == 0:
-            raise BadInputError(
-                f"ids must be [batch, tokens] with at least one token, got {list(ids.shape)}"
-            )
-        least, most = (int(bound) for bound in ids.aminmax())
-        if least < 0 or most >= self.config.vocab_size:
-            raise BadInputError(
-                f"token ids must be from 0 to {self.config.vocab_size - 1}, the text encoder's "
-                f"vocabulary, got {least if least < 0 else most}; the tokenizer is of another model"
-            )
-
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Caption features of token ids.
-
-        Reads nothing back from the device and branches on shapes only.
-
-        Args:
-            ids: [batch, tokens] int64, each inside the vocabulary (`check_ids`).
-            mask: [batch, tokens]; 0 hides a token from all others, for prompts that hold the pad
-                token. Its own row is still computed. None: all are visible.
-
-        Returns:
-            [batch, tokens, hidden_size], `compute_dtype`.
-
-        Source: Qwen3 technical report (arXiv:2505.09388), section 2.
-        """
-        tokens = ids.shape[1]
-        if tokens > self._cos.shape[0]:
-            raise ValueError(f"call prepare({tokens}) before forward on {tokens} tokens")
-        cos, sin = self._cos[:tokens], self._sin[:tokens]
-        visible = None if mask is None else _causal(mask)
-        hidden = F.embedding(ids, self.embed_tokens).to(self.compute_dtype)
-        for layer in self.layers:
-            hidden = layer(hidden, cos, sin, visible)
-        return hidden
-
-    def native_tensors(self) -> dict[str, Tensor]:
-        """Every weight under its checkpoint name, as a view: writing into it changes the module."""
-        tensors: dict[str, Tensor] = {_EMBEDDING: self.embed_tokens.data}
-        for index, layer in enumerate(self.layers):
-            for name, tensor in cast(_Layer, layer).native_tensors().items():
-                tensors[f"model.layers.{index}.{name}"] = tensor
-        return tensors
-
-    def ignored_keys(self, shapes: Mapping[str, Sequence[int]]) -> set[str]:
-        """Names among `shapes` that a whole Qwen3 file holds and this module never reads."""
-        last = self.config.num_layers - 1
-        unread = {f"model.layers.{last}.{name}" for name in _LAYER_SHAPES}
-        return (unread | {"model.norm.weight", "lm_head.weight"}) & set(shapes)
-
-
-class _Layer(nn.Module):
+class Layer(nn.Module):
     """One Qwen3 layer: causal grouped-query attention, then a gated feed-forward part."""
 
     def __init__(
@@ -224,21 +118,19 @@ class _Layer(nn.Module):
         self.gate_up = _weight(2 * inner, hidden, device=device, dtype=dtype)
         self.down = _weight(hidden, inner, device=device, dtype=dtype)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, rotary: Tensor, visible: Tensor | None) -> Tensor:
         normed = self._norm(hidden, self.norm_attention).to(hidden.dtype)
-        hidden = hidden + self._attention(normed, cos, sin, visible)
+        hidden = hidden + self._attention(normed, rotary, visible)
         normed = self._norm(hidden, self.norm_feed_forward).to(hidden.dtype)
         gate, up = _linear(normed, self.gate_up).chunk(2, dim=-1)
         return hidden + _linear(F.silu(gate) * up, self.down)
 
-    def _attention(
-        self, normed: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None
-    ) -> Tensor:
+    def _attention(self, normed: Tensor, rotary: Tensor, visible: Tensor | None) -> Tensor:
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         qkv = _linear(normed, self.qkv).view(*normed.shape[:2], heads + 2 * kv_heads, -1)
         query, key, value = torch.split(qkv.transpose(1, 2), [heads, kv_heads, kv_heads], dim=1)
-        query = _rotate(self._norm(query, self.norm_query), cos, sin).to(normed.dtype)
-        key = _rotate(self._norm(key, self.norm_key), cos, sin).to(normed.dtype)
+        query = _rotate(self._norm(query, self.norm_query), rotary).to(normed.dtype)
+        key = _rotate(self._norm(key, self.norm_key), rotary).to(normed.dtype)
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=visible, is_causal=visible is None, enable_gqa=True
         )
@@ -267,6 +159,122 @@ class _Layer(nn.Module):
         }
 
 
+RunLayer = Callable[[Layer, Tensor, Tensor, "Tensor | None"], Tensor]
+"""Runs a layer on (hidden, rotary table, visible keys): `run_layer` or a faster stand-in."""
+
+
+def run_layer(layer: Layer, hidden: Tensor, rotary: Tensor, visible: Tensor | None) -> Tensor:
+    """Run a layer as it is."""
+    return cast(Tensor, layer(hidden, rotary, visible))
+
+
+class TextEncoder(nn.Module):
+    """Turns token ids into caption features: the input of Qwen3's last layer.
+
+    Attributes:
+        config: Its dimensions.
+        layers: The layers that exist, in order; each maps (hidden, rotary, mask) to hidden.
+        compute_dtype: Dtype to calculate and answer in. float32 is the reference's, whatever dtype
+            the weights have: features in bfloat16 make another picture.
+    """
+
+    def __init__(
+        self,
+        config: TextEncoderConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Allocate the weights without filling them; `device` may be "meta"."""
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = _weight(*shape, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(
+            Layer(config, device, dtype) for _ in range(config.num_layers - 1)
+        )
+        # No buffer: a cast of the module must leave it float32.
+        self._rotary = torch.empty(2, 0, config.head_dim)
+
+    def rotary_table(self, tokens: int) -> Tensor:
+        """Cosines and sines, [2, tokens, head_dim], float32, on the weights' device."""
+        device = self.embed_tokens.device
+        if self._rotary.shape[1] < tokens or self._rotary.device != device:
+            self._rotary = _rotary_table(self.config, max(tokens, _FIRST_TABLE_LENGTH), device)
+        return self._rotary[:, :tokens]
+
+    def encode(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Check the ids and run `forward`; ids and mask may be on any device.
+
+        Raises:
+            BadInputError: There is no token, or an id is outside the vocabulary.
+        """
+        self.check_ids(ids)
+        device = self.embed_tokens.device
+        mask = None if mask is None else mask.to(device)
+        return cast(Tensor, self(ids.to(device), self.rotary_table(ids.shape[1]), mask))
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Raise BadInputError unless `ids` is [batch, tokens] with ids of this vocabulary."""
+        if ids.dim() != 2 or ids.numel() == 0:
+            raise BadInputError(
+                f"ids must be [batch, tokens] with at least one token, got {list(ids.shape)}"
+            )
+        least, most = (int(bound) for bound in ids.aminmax())
+        if least < 0 or most >= self.config.vocab_size:
+            raise BadInputError(
+                f"token ids must be from 0 to {self.config.vocab_size - 1}, the text encoder's "
+                f"vocabulary, got {least if least < 0 else most}; the tokenizer is of another model"
+            )
+
+    def forward(
+        self,
+        ids: Tensor,
+        rotary: Tensor,
+        mask: Tensor | None = None,
+        *,
+        run: RunLayer = run_layer,
+    ) -> Tensor:
+        """Caption features of token ids.
+
+        Reads nothing back from the device and branches on shapes only. No token sees a later one,
+        so ids may be padded at the end without a mask.
+
+        Args:
+            ids: [batch, tokens] int64, each inside the vocabulary (`check_ids`).
+            rotary: ``rotary_table(tokens)``.
+            mask: [batch, tokens]; 0 hides a token from all others, for prompts that hold the pad
+                token. Its own row is still computed. None: all are visible.
+            run: Runs each layer.
+
+        Returns:
+            [batch, tokens, hidden_size], `compute_dtype`.
+
+        Source: Qwen3 technical report (arXiv:2505.09388), section 2.
+        """
+        visible = None if mask is None else _causal(mask)
+        hidden = F.embedding(ids, self.embed_tokens).to(self.compute_dtype)
+        for layer in self.layers:
+            hidden = run(cast(Layer, layer), hidden, rotary, visible)
+        return hidden
+
+    def native_tensors(self) -> dict[str, Tensor]:
+        """Every weight under its checkpoint name, as a view: writing into it changes the module."""
+        tensors: dict[str, Tensor] = {_EMBEDDING: self.embed_tokens.data}
+        for index, layer in enumerate(self.layers):
+            for name, tensor in cast(Layer, layer).native_tensors().items():
+                tensors[f"model.layers.{index}.{name}"] = tensor
+        return tensors
+
+    def ignored_keys(self, shapes: Mapping[str, Sequence[int]]) -> set[str]:
+        """Names among `shapes` that a whole Qwen3 file holds and this module never reads."""
+        last = self.config.num_layers - 1
+        unread = {f"model.layers.{last}.{name}" for name in _LAYER_SHAPES}
+        return (unread | {"model.norm.weight", "lm_head.weight"}) & set(shapes)
+
+
 def _weight(
     *shape: int, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Parameter:
@@ -277,16 +285,15 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.dtype))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Turn element i of a head with element i + head_dim / 2 by its position's angle."""
+    cos, sin = rotary.unbind()
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def _rotary_tables(
-    config: TextEncoderConfig, length: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, head_dim], float32, the halves of a head alike.
+def _rotary_table(config: TextEncoderConfig, length: int, device: torch.device) -> Tensor:
+    """cos and sin [2, length, head_dim], float32, the halves of a head alike.
 
     Angles are products of float32 numbers, as in the reference: the cosines of exact ones differ
     by 3e-5 at position 500. Made on the CPU, so that every device gets the same table.
@@ -295,7 +302,7 @@ def _rotary_tables(
     frequencies = 1.0 / config.rope_theta**exponents
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(device), angles.sin().to(device)
+    return torch.stack((angles.cos(), angles.sin())).to(device)
 
 
 def _causal(mask: Tensor) -> Tensor:

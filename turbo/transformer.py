@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -152,7 +152,9 @@ class Linear(nn.Module):
         self.bias = _weight(outputs, like=make) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        # Casts are for weights kept narrower than the arithmetic; else they do nothing.
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -208,7 +210,7 @@ def _rms_norm(x: Tensor, factor: Tensor, eps: float = NORM_EPS) -> Tensor:
         square: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         return (wide * square.div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(factor).to(x.dtype)
     if factor.dim() == 1:
-        return F.rms_norm(x, (x.shape[-1],), factor, eps)
+        return F.rms_norm(x, (x.shape[-1],), factor.to(x.dtype), eps)
     return F.rms_norm(x, (x.shape[-1],), None, eps) * factor
 
 
@@ -314,13 +316,23 @@ class Block(nn.Module):
         return x + _rms_norm(branch, gate_ffn)
 
 
+RunBlock = Callable[[Block, Tensor, Tensor, Tensor], Tensor]
+"""Runs a block on (residual stream, factors, rotary table): `run_block` or a faster stand-in."""
+
+
+def run_block(block: Block, x: Tensor, factors: Tensor, rotary: Tensor) -> Tensor:
+    """Run a block as it is."""
+    return cast(Tensor, block(x, factors, rotary))
+
+
 class Transformer(nn.Module):
     """The network: latent and sigma's row of factors in, noise minus clean out.
 
     Args:
         config: Dimensions.
         device: Where the (uninitialised) weights are made; "meta" makes none.
-        dtype: Dtype of weights and activations.
+        dtype: Dtype of the weights, and of everything that goes in and comes out.
+        compute_dtype: Dtype to calculate in, `dtype` by default; see `arithmetic_dtype`.
     """
 
     def __init__(
@@ -328,6 +340,8 @@ class Transformer(nn.Module):
         config: TransformerConfig,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         make = _Factory(device, dtype)
@@ -349,10 +363,11 @@ class Transformer(nn.Module):
         self.layers = blocks(config.layers, modulated=True)
         self.final_adaLN = Linear(config.time_dim, config.dim, make)
         self.final_linear = Linear(config.dim, patch_values, make)
+        self.compute_dtype = compute_dtype or self.dtype
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of weights and activations."""
+        """Dtype of the weights, and of everything that goes in and comes out."""
         return self.x_pad_token.dtype
 
     def native_tensors(self) -> dict[str, Tensor]:
@@ -380,21 +395,41 @@ class Transformer(nn.Module):
         """Names that some complete files hold and no implementation reads."""
         return {"norm_final.weight"} & shapes.keys()
 
-    def refine_caption(self, features: Tensor) -> Tensor:
+    def refine_caption(
+        self, features: Tensor, run: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Embed the text encoder's features, pad them and run the context refiner.
 
         Args:
             features: [batch, tokens, caption_dim], any float dtype.
+            run: `refine_padded`, or a faster stand-in for it.
 
         Returns:
             [batch, `padded_length(tokens)`, dim] in the network's dtype.
         """
-        normed = _rms_norm(features.to(self.dtype), self.cap_norm)
-        caption = _pad(self.cap_embedder(normed), self.cap_pad_token)
-        rotary = self.rotary_table(0, 0, caption.shape[1])
+        tokens = features.shape[1]
+        padded = F.pad(features, (0, 0, 0, padded_length(tokens) - tokens))
+        length = torch.tensor(tokens, device=features.device)
+        rotary = self.rotary_table(0, 0, padded.shape[1])
+        return (run or self.refine_padded)(padded, length, rotary)
+
+    def refine_padded(
+        self, features: Tensor, length: Tensor, rotary: Tensor, *, run: RunBlock = run_block
+    ) -> Tensor:
+        """`refine_caption` with nothing but static shapes.
+
+        Args:
+            features: Padded, [batch, a multiple of 32, caption_dim]; finite values past the end.
+            length: Real tokens, a scalar integer.
+            rotary: ``rotary_table(0, 0, features.shape[1])``.
+            run: Runs each block.
+        """
+        embedded = self.cap_embedder(_rms_norm(features.to(self.compute_dtype), self.cap_norm))
+        is_real = torch.arange(features.shape[1], device=features.device) < length
+        caption = torch.where(is_real.unsqueeze(1), embedded, self.cap_pad_token.to(embedded.dtype))
         for block in _blocks(self.context_refiner):
-            caption = block(caption, block.factors(None)[0], rotary)
-        return caption
+            caption = run(block, caption, block.factors(None)[0], rotary)
+        return caption.to(self.dtype)
 
     def rotary_table(self, height: int, width: int, caption_tokens: int) -> Tensor:
         """Cosines and sines for [caption, image] tokens.
@@ -435,7 +470,8 @@ class Transformer(nn.Module):
         time = self.embed_time(sigmas)
         blocks = [*_blocks(self.noise_refiner), *_blocks(self.layers)]
         final = 1 + self.final_adaLN(F.silu(time))
-        return torch.cat([*(block.factors(time) for block in blocks), final.unsqueeze(1)], dim=1)
+        table = torch.cat([*(block.factors(time) for block in blocks), final.unsqueeze(1)], dim=1)
+        return table.to(self.dtype)
 
     def embed_time(self, sigmas: Sequence[float]) -> Tensor:
         """Timestep vectors, [sigmas, time_dim], of noise levels: the network is fed 1 - sigma."""
@@ -444,11 +480,18 @@ class Transformer(nn.Module):
         half = TIME_FREQUENCIES // 2
         frequencies = torch.exp(-torch.arange(half) / half * torch.tensor(10000.0).log())
         angle = torch.outer(time, frequencies)
-        embedding = torch.cat((angle.cos(), angle.sin()), dim=-1).to(device, self.dtype)
+        embedding = torch.cat((angle.cos(), angle.sin()), dim=-1).to(device, self.compute_dtype)
         return self.time_out(F.silu(self.time_in(embedding)))
 
     def forward(
-        self, latent: Tensor, caption: Tensor, modulation: Tensor, rotary: Tensor
+        self,
+        latent: Tensor,
+        caption: Tensor,
+        modulation: Tensor,
+        rotary: Tensor,
+        *,
+        refine: RunBlock = run_block,
+        join: RunBlock = run_block,
     ) -> Tensor:
         """Predict the velocity: denoised = latent - sigma * output.
 
@@ -457,22 +500,24 @@ class Transformer(nn.Module):
             caption: `refine_caption()`'s result, [batch, caption tokens, dim].
             modulation: One row of `modulation_table()`, [4 * modulated blocks + 1, dim].
             rotary: `rotary_table(height, width, caption tokens)`.
+            refine: Runs each noise refiner, on the image's tokens.
+            join: Runs each layer, on all tokens.
 
         Returns:
             Shape and dtype of `latent`.
         """
         height, width = latent.shape[-2:]
-        patches = patchify(latent)
+        patches = patchify(latent).to(self.compute_dtype)
         image = _pad(self.x_embedder(patches), self.x_pad_token)
         factors = iter(modulation[:-1].reshape(-1, 4, self.config.dim).unbind())
         image_rotary = rotary[:, caption.shape[1] :]
         for block in _blocks(self.noise_refiner):
-            image = block(image, next(factors), image_rotary)
-        x = torch.cat((caption, image), dim=1)
+            image = refine(block, image, next(factors), image_rotary)
+        x = torch.cat((caption.to(image.dtype), image), dim=1)
         for block in _blocks(self.layers):
-            x = block(x, next(factors), rotary)
+            x = join(block, x, next(factors), rotary)
         x = x[:, caption.shape[1] : caption.shape[1] + patches.shape[1]]
-        return -unpatchify(self.finish(x, modulation[-1]), height, width)
+        return -unpatchify(self.finish(x, modulation[-1]), height, width).to(latent.dtype)
 
     def finish(self, x: Tensor, scale: Tensor) -> Tensor:
         """The final layer: weightless layer norm, scale, projection to patch values."""
@@ -510,7 +555,8 @@ def _pad(tokens: Tensor, pad_token: Tensor) -> Tensor:
     missing = padded_length(tokens.shape[1]) - tokens.shape[1]
     if not missing:
         return tokens
-    return torch.cat((tokens, pad_token.expand(tokens.shape[0], missing, -1)), dim=1)
+    pads = pad_token.to(tokens.dtype).expand(tokens.shape[0], missing, -1)
+    return torch.cat((tokens, pads), dim=1)
 
 
 def _linear_tensors(name: str, linear: Linear) -> dict[str, Tensor]:

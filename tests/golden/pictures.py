@@ -28,6 +28,7 @@ from turbo.pipeline import (
     PreparedStage,
     StageNoise,
     draw_noise,
+    encode_visible,
     make_cache,
     prepare_stage,
     refine,
@@ -258,7 +259,7 @@ def _check_workflow(case: Case, store: ModelStore, outcome: Outcome) -> None:
         _fuse(store, modules, {NETWORK: dit, TEXT_ENCODER: te}, file, strengths, set())
     captions: list[Caption] = []
     for ids, name in ((facts["positive_ids"], "cond"), (facts["negative_ids"], "neg")):
-        features = models.text_encoder.encode(torch.tensor([ids]))
+        features = encode_visible(models, ids)
         if name in tensors:
             outcome.compare(name, features, tensors[name], *case.limits("cond"))
         captions.append(refine(models, features))

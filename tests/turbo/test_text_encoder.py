@@ -153,25 +153,30 @@ def test_casting_the_module_leaves_the_rotary_tables_exact():
     assert torch.equal(encoder.bfloat16().encode(ids), want)
 
 
-def test_forward_reads_prepared_tables_only():
+def test_a_rotary_table_grows_when_it_must_and_stays_otherwise():
     encoder = filled(ODD)
     ids = torch.zeros(1, 700, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"call prepare\(700\)"):
-        encoder(ids)
-    encoder.prepare(700)
-    tables = encoder._cos
-    encoder.prepare(5)
-    assert encoder._cos is tables
-    assert encoder(ids).shape == (1, 700, ODD.hidden_size)
+    table = encoder.rotary_table(700)
+    assert encoder.rotary_table(5).data_ptr() == table.data_ptr()
+    assert encoder(ids, table).shape == (1, 700, ODD.hidden_size)
+
+
+def test_tokens_padded_at_the_end_change_nothing_before_them():
+    encoder = filled(ODD)
+    ids = torch.arange(9)[None]
+    padded = torch.nn.functional.pad(ids, (0, 23), value=7)
+    torch.testing.assert_close(
+        encoder.encode(padded)[:, :9], encoder.encode(ids), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_forward_is_one_graph():
     encoder = filled(ODD)
-    encoder.prepare(9)
+    rotary = encoder.rotary_table(9)
     ids, mask = torch.arange(9)[None], torch.tensor([[1] * 5 + [0] * 4])
     compiled = torch.compile(encoder, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(ids), encoder(ids))
-    assert torch.equal(compiled(ids, mask), encoder(ids, mask))
+    assert torch.equal(compiled(ids, rotary), encoder(ids, rotary))
+    assert torch.equal(compiled(ids, rotary, mask), encoder(ids, rotary, mask))
 
 
 @pytest.mark.parametrize("ids", [[[0, 97]], [[-1, 0]], [[]], [5]])
@@ -203,8 +208,8 @@ def test_every_tensor_of_the_full_size_file_has_its_place(shared: Path):
     assert native | {name: shapes[name] for name in ignored} == shapes
     assert not native.keys() & ignored
     assert {name.split(".")[2] for name in ignored if ".layers." in name} == {"35"}
-    encoder.prepare(64)
-    assert encoder(torch.zeros(1, 64, dtype=torch.int64, device="meta")).shape == (1, 64, 2560)
+    ids = torch.zeros(1, 64, dtype=torch.int64, device="meta")
+    assert encoder(ids, encoder.rotary_table(64)).shape == (1, 64, 2560)
 
 
 def test_a_head_beside_the_layers_is_ignored(weights):

@@ -38,10 +38,13 @@ def make_weights(dim: int = 32, ffn: int = 85) -> Weights:
 
 
 def make_transformer(
-    weights: Weights, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    weights: Weights,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    compute_dtype: torch.dtype | None = None,
 ) -> Transformer:
     config = TransformerConfig.from_shapes({name: w.shape for name, w in weights.items()})
-    transformer = Transformer(config, device, dtype)
+    transformer = Transformer(config, device, dtype, compute_dtype=compute_dtype)
     for name, view in transformer.native_tensors().items():
         view.copy_(weights[name])
     return transformer
@@ -572,6 +575,20 @@ def test_every_piece_works_in_the_networks_dtype(weights: Weights, dtype: torch.
         random(1, 16, 4, 4).to(dtype), caption, modulation[0], transformer.rotary_table(4, 4, 32)
     )
     assert transformer.dtype == caption.dtype == modulation.dtype == out.dtype == dtype
+
+
+@each_way
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_can_be_calculated_with_in_float32(weights: Weights, dtype: torch.dtype):
+    latent, features = random(1, 16, 4, 6).to(dtype), random(1, 5, CAPTION_DIM)
+    narrow = {name: weight.to(dtype).float() for name, weight in weights.items()}
+    want = predict(make_transformer(narrow), latent.float(), features, 0.5)
+    plain = predict(make_transformer(weights, dtype), latent, features, 0.5)
+    wide = predict(
+        make_transformer(weights, dtype, compute_dtype=torch.float32), latent, features, 0.5
+    )
+    assert wide.dtype == dtype
+    assert (wide.float() - want).norm() < (plain.float() - want).norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
