@@ -81,6 +81,9 @@ SHIFT_LIMIT = 100.0
 STAGES_LIMIT = 16
 SEED_LIMIT = 2**64
 
+TAKEN_NAMES: tuple[str, ...] = ("prompt", "encode", "decode", "total")
+"""What timings, warm-up and memory counts call the other parts of a picture; no stage may."""
+
 _DTYPE_ALIASES = {
     "fp32": "float32",
     "bf16": "bfloat16",
@@ -127,7 +130,8 @@ class Stage:
     """One denoising pass at one size; it starts from the enlarged latent of the stage before it."""
 
     name: str
-    """What progress, timings and file names call it: letters, digits, `_` and `-`."""
+    """What progress, timings and file names call it: letters, digits, `_` and `-`, none of
+    `TAKEN_NAMES`."""
     height: int
     """Image height in pixels, a multiple of 16."""
     width: int
@@ -158,6 +162,12 @@ class Stage:
         check.text("name")
         if not _STAGE_NAME.fullmatch(self.name):
             check.fail("name", f"must be letters, digits, _ and -, got {self.name!r}")
+        if self.name in TAKEN_NAMES:
+            check.fail(
+                "name",
+                f"must not be one of {', '.join(TAKEN_NAMES)}, which name other parts of the "
+                f"timings; got {self.name!r}",
+            )
         check.size("height")
         check.size("width")
         check.whole("steps", 1, STEPS_LIMIT)

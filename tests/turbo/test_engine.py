@@ -40,6 +40,7 @@ from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.noise import MAX_SEED
 from turbo.pipeline import draw_noise, encode_prompt, prepare_stage, refine, run_stage
 from turbo.plan import (
+    TAKEN_NAMES,
     EasyCache,
     LoraSettings,
     Performance,
@@ -442,6 +443,11 @@ def test_timings_name_every_part(engine: Engine):
     assert all(seconds >= 0 for seconds in timings.values())
     parts = sum(seconds for name, seconds in timings.items() if name != "total")
     assert parts <= timings["total"]
+
+
+def test_no_stage_can_have_the_name_of_another_part(engine: Engine):
+    timings = engine.generate("a cat", seed=7, image=gradient(64, 80)).timings
+    assert set(timings) - {stage.name for stage in PLAN.stages} == set(TAKEN_NAMES)
 
 
 def test_skips_count_the_calls_saved_and_wanted(engine: Engine):

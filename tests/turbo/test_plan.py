@@ -25,6 +25,7 @@ from turbo.plan import (
     NODES,
     SAMPLERS,
     SCHEDULERS,
+    TAKEN_NAMES,
     UPSCALE_METHODS,
     EasyCache,
     LoraSettings,
@@ -182,6 +183,10 @@ def test_the_single_stage_takes_steps_and_cfg():
         ({"name": ""}, "name must be letters, digits, _ and -, got ''"),
         ({"name": "../x"}, "name must be letters"),
         ({"name": 3}, "name must be text"),
+        *(
+            ({"name": name}, "name must not be one of prompt, encode, decode, total, which")
+            for name in ("prompt", "encode", "decode", "total")
+        ),
         ({"easycache": 0.3}, "easycache must be an EasyCache"),
     ],
 )
@@ -422,6 +427,10 @@ def test_stages_can_be_dropped_and_added(tmp_path: Path):
             "generation:\n  stage2:\n    name: stage1",
             ", line 3: generation.stage2.name 'stage1' is taken",
         ),
+        (
+            "generation:\n  stage2:\n    name: decode",
+            ", line 3: generation.stage2.name must not be one of prompt, encode, decode, total",
+        ),
         ("generation: {guidance_scale: -1}", "generation.guidance_scale must be a number"),
         ("model: {path: 12}", "model.path must be text, got 12; put it in quotes"),
         # shapes
@@ -555,7 +564,9 @@ stages = st.builds(
     upscale=st.sampled_from(UPSCALE_METHODS),
     easycache=caches,
 )
-names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,20}", fullmatch=True)
+names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,20}", fullmatch=True).filter(
+    lambda name: name not in TAKEN_NAMES
+)
 paths = st.none() | st.text(min_size=1).filter(lambda text: "\0" not in text)
 plans = st.builds(
     lambda stages, names, **others: Plan(
