@@ -210,7 +210,8 @@ class Engine:
             dtype: "float32", "bfloat16", "float16" or "auto": bfloat16 on CUDA, float32 on a CPU.
                 With float16 the autoencoder works in float32, which float16 overflows.
             plan: A plan or a plan file; None is the workflow's plan.
-            strict_loras: Refuse a LoRA of which some keys fit nothing.
+            strict_loras: Refuse a LoRA of which some keys fit nothing; one of which none fits
+                always is.
             on_progress: Called with (component, tensors read, tensors in all).
 
         Raises:
@@ -256,7 +257,8 @@ class Engine:
         Args:
             loras: Each a path or name, a (path or name, strength) pair, or a triple with the text
                 encoder's own strength last. A name is looked up in the model's `loras` folder.
-            strict: Refuse a file of which some keys fit nothing in the model.
+            strict: Refuse a file of which some keys fit nothing in the model; one of which none
+                fits always is.
 
         Raises:
             LoraError: A file is missing, damaged or not for this model; the weights are as before.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from turbo.checkpoint import Checkpoint, WeightHolder
 from turbo.errors import LoraError
-from turbo.lora import Lora, Patch, apply_patches, match_lora, read_lora, require_full_match
+from turbo.lora import Lora, Patch, apply_patches, match_lora, read_lora, require_match
 from turbo.model_files import resolve_lora
 from turbo.names import TEXT_ENCODER
 
@@ -97,7 +97,7 @@ class LoraFuser:
 
         Args:
             choices: LoRAs; none restores the checkpoint's weights.
-            strict: Refuse a LoRA of which some keys fit nothing.
+            strict: Refuse a LoRA of which some keys fit nothing; one of which none fits always is.
 
         Returns:
             Whether any weight was written.
@@ -156,8 +156,7 @@ class LoraFuser:
         collected: dict[Target, list[tuple[Patch, float]]] = {}
         for choice, lora in loras:
             match = match_lora(lora, shapes, inert)
-            if strict:
-                require_full_match(match, lora)
+            require_match(match, lora, strict=strict)
             for target, patches in match.patches.items():
                 strength = choice.strength_on(target[0])
                 collected.setdefault(target, []).extend((patch, strength) for patch in patches)

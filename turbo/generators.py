@@ -54,7 +54,7 @@ class NativeImageGenerator:
             `torch.dtype`; "auto" takes the plan's.
         tokenizer_path: The tokenizer's folder or file, if not found through `model_path`.
         plan: The stages; a `Plan` or a plan file. None is the three-stage workflow.
-        strict_loras: Refuse a LoRA of which a part fits nothing.
+        strict_loras: Refuse a LoRA of which a part fits nothing; one of which all does always is.
 
     Raises:
         CheckpointError: A path does not exist.

@@ -585,18 +585,24 @@ def match_lora(
     return _settle(lora, claims, known)
 
 
-def require_full_match(match: LoraMatch, lora: Lora) -> None:
-    """Refuse a LoRA of which some keys mean nothing to this model.
+def require_match(match: LoraMatch, lora: Lora, *, strict: bool = True) -> None:
+    """Refuse a LoRA of which some keys mean nothing to this model and no other key changes it.
+
+    Args:
+        match: From `match_lora`.
+        lora: The LoRA matched.
+        strict: Refuse it also where other keys do change the model.
 
     Raises:
         LoraError: Names the coverage and the first unused keys.
     """
-    if not match.unused:
+    if not match.unused or (match.used and not strict):
         return
     reason = (
         "strict=False (--no-strict-lora) applies the rest"
         if match.used
-        else "the file is a LoRA for another model, or of no supported form"
+        else "the file is a LoRA for another model, or of no supported form; use one trained for "
+        "this model"
     )
     raise LoraError(
         f"{lora.name}: {match.coverage}, first unused: {some_names(match.unused)}; {reason}"

@@ -661,6 +661,15 @@ def test_a_request_says_whether_its_loras_must_fit_wholly(engine: Engine, loras:
     assert bits(engine.generate("a cat", seed=7)) == bits(used)
 
 
+def test_no_picture_is_made_with_a_lora_of_which_nothing_fits(engine: Engine, loras: Path):
+    for refuse in (
+        lambda files: engine.set_loras(files, strict=False),
+        lambda files: engine.generate("a cat", seed=7, loras=files, strict_loras=False),
+    ):
+        with pytest.raises(LoraError, match=r"foreign\.safetensors: 0 of 1 tensors used"):
+            refuse([loras / "foreign.safetensors"])
+
+
 @pytest.mark.parametrize("is_kept", [True, False])
 def test_lora_files_stay_in_memory_if_the_plan_says_so(
     comfyui: Path, loras: Path, tmp_path: Path, is_kept: bool

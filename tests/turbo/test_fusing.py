@@ -307,6 +307,16 @@ def test_a_lora_that_fits_in_part_is_refused_or_used_as_far_as_it_goes(full: Loa
     assert changed(before, full.copy()) == {OUT}
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_lora_of_which_nothing_fits_is_always_refused(full: Loaded, strict: bool):
+    before = full.copy()
+    style, foreign = full.lora("style", DIFFERENCE), full.lora("foreign", STRANGE)
+    with pytest.raises(LoraError, match=r"foreign\.safetensors: 0 of 1 tensors used, .*layers\.9"):
+        full.fuse((style, 1.0), (foreign, 1.0), strict=strict)
+    assert changed(before, full.copy()) == set()
+    assert full.fuser.describe() == []
+
+
 def test_tensors_that_are_never_read_count_as_used(full: Loaded):
     before = full.copy()
     full.fuse((full.lora("inert", DIFFERENCE | INERT), 1.0))

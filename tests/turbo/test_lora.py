@@ -22,7 +22,7 @@ from turbo.lora import (
     apply_patches,
     match_lora,
     read_lora,
-    require_full_match,
+    require_match,
 )
 from turbo.names import diffusers_names
 
@@ -426,7 +426,7 @@ def test_pad_tokens_and_tensors_that_are_never_read_are_inert():
     match = match_lora(lora, SHAPES, last_layer)
     assert match.patches == {}
     assert match.inert == set(tensors)
-    require_full_match(match, lora)
+    require_match(match, lora)
 
 
 def test_low_precision_factors_are_multiplied_in_float32():
@@ -479,7 +479,7 @@ def test_merged_weights_equal_comfyuis(shared, tiny_weights, convention):
     stored = load_file(folder / f"{convention}.safetensors")
     lora = read_lora(folder / f"{convention}.lora.safetensors")
     match = match_lora(lora, shapes_of(tiny_weights))
-    require_full_match(match, lora)
+    require_match(match, lora)
     assert match.inert == set()
     tolerance = case["tolerance"]
     components = {"dit": "network", "te": "text_encoder"}
@@ -506,7 +506,7 @@ def test_the_names_that_comfyui_ignores_are_all_understood(shared, tiny_weights)
     ignored = json.loads((folder / "unusual_names.json").read_text())["ignored_keys"]
     lora = read_lora(folder / "unusual_names.lora.safetensors")
     match = match_lora(lora, shapes_of(tiny_weights))
-    require_full_match(match, lora)
+    require_match(match, lora)
     assert {name for _, name in match.patches} == {
         "layers.0.attention.qkv.weight",
         "layers.1.attention.out.weight",
@@ -674,7 +674,8 @@ def test_a_bias_patch_without_a_bias_is_unused():
     assert match_lora(Lora("a", tensors), SHAPES).unused == tuple(tensors)
 
 
-def test_a_lora_for_another_model_is_refused_with_its_coverage():
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_lora_for_another_model_is_refused_with_its_coverage(strict):
     tensors: dict[str, torch.Tensor] = {}
     for block in range(60):
         tensors |= lora_tensors(f"transformer.double_blocks.{block}.img_attn.proj")
@@ -683,13 +684,22 @@ def test_a_lora_for_another_model_is_refused_with_its_coverage():
     first = "transformer.double_blocks.0.img_attn.proj.lora_up.weight"
     message = f"flux.safetensors: 0 of 120 tensors used, first unused: {first}, .*another model"
     with pytest.raises(LoraError, match=message):
-        require_full_match(match, lora)
+        require_match(match, lora, strict=strict)
 
 
 def test_a_lora_that_is_used_in_part_is_refused_with_its_coverage():
     lora = Lora("a", {**lora_tensors(), "layers.0.feed_forward.w1.strange": torch.ones(1)})
     with pytest.raises(LoraError, match=r"2 of 3 tensors used, first unused: layers\.0\..*strange"):
-        require_full_match(match_lora(lora, SHAPES), lora)
+        require_match(match_lora(lora, SHAPES), lora)
+
+
+def test_strict_false_applies_what_changes_the_model_and_refuses_a_file_without_that():
+    strange = {"layers.0.feed_forward.w1.strange": torch.ones(1)}
+    lora = Lora("a", lora_tensors() | strange)
+    require_match(match_lora(lora, SHAPES), lora, strict=False)
+    lora = Lora("a", {"diffusion_model.x_pad_token.diff": torch.ones(1, WIDTH)} | strange)
+    with pytest.raises(LoraError, match=r"first unused: .*strange.*; use one trained for this"):
+        require_match(match_lora(lora, SHAPES), lora, strict=False)
 
 
 def test_a_misfit_among_strange_names_counts_the_strangers():
