@@ -21,15 +21,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from turbo._version import __version__
-from turbo.autoencoder import Autoencoder, AutoencoderConfig
-from turbo.checkpoint import WeightHolder, check_fit, load_weights
+from turbo.checkpoint import load_weights
+from turbo.components import Components, component_dtypes
 from turbo.denoiser import Caption, is_unguided
 from turbo.errors import BadInputError, LoraError, NonFiniteLatentError
 from turbo.fusing import LoraChoice, LoraFuser
 from turbo.image_input import latent_of_image, require_picture
 from turbo.latent import STRIDE
 from turbo.model_files import ModelFiles, find_model_files
-from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.noise import MAX_SEED, check_seed
 from turbo.pipeline import (
     Drawing,
@@ -53,9 +52,7 @@ from turbo.plan import (
     plan_to_dict,
 )
 from turbo.tensor_cache import TensorCache
-from turbo.text_encoder import TextEncoder, TextEncoderConfig
 from turbo.tokenizer import Tokenizer
-from turbo.transformer import Transformer, TransformerConfig
 
 OnProgress = Callable[[str, int, int], None]
 """Called with (stage name, steps done, steps in all)."""
@@ -622,11 +619,6 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def autoencoder_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that the autoencoder works in: float16 overflows in it."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def _load(
     files: ModelFiles,
     tokenizer: Tokenizer,
@@ -636,45 +628,35 @@ def _load(
     on_progress: OnProgress | None,
 ) -> tuple[Models, LoraFuser]:
     checkpoints = files.open()
-    shapes = {component: checkpoint.shapes for component, checkpoint in checkpoints.items()}
-    network_config = TransformerConfig.from_shapes(shapes[NETWORK])
-    text_config = TextEncoderConfig.from_shapes(shapes[TEXT_ENCODER])
-    groups = checkpoints[AUTOENCODER].config.get("norm_num_groups", 32)
-    picture_config = AutoencoderConfig.from_shapes(shapes[AUTOENCODER], norm_num_groups=groups)
-    # Names and shapes are compared before anything is allocated: a foreign file may want terabytes.
-    check_fit(Transformer(network_config, "meta"), checkpoints[NETWORK])
-    check_fit(TextEncoder(text_config, "meta"), checkpoints[TEXT_ENCODER])
-    check_fit(Autoencoder(picture_config, "meta"), checkpoints[AUTOENCODER])
-    home = torch.device("cpu") if plan.performance.enable_model_cpu_offload else device
-    if picture_config.stride != STRIDE:
+    dtypes = component_dtypes(dtype)
+    # All is compared before anything is allocated: a foreign file may want terabytes.
+    outline = Components.outline(checkpoints, dtypes)
+    stride, vocabulary = outline.autoencoder.config.stride, outline.text_encoder.config.vocab_size
+    if stride != STRIDE:
         raise BadInputError(
-            f"the autoencoder makes {picture_config.stride} pixels of a latent cell, Z-Image needs "
-            f"{STRIDE}: it is of another model"
+            f"the autoencoder makes {stride} pixels of a latent cell, Z-Image needs {STRIDE}: "
+            "it is of another model"
         )
-    transformer = Transformer(network_config, home, dtype)
-    text_encoder = TextEncoder(text_config, home, dtype)
-    autoencoder = Autoencoder(picture_config, home, autoencoder_dtype(dtype))
-    if tokenizer.vocabulary_size > text_encoder.config.vocab_size:
+    if tokenizer.vocabulary_size > vocabulary:
         raise BadInputError(
             f"the tokenizer knows {tokenizer.vocabulary_size} ids, the text encoder only "
-            f"{text_encoder.config.vocab_size}: they are of different models; give the tokenizer "
-            "that belongs to the text encoder"
+            f"{vocabulary}: they are of different models; give the tokenizer that belongs to the "
+            "text encoder"
         )
-    modules: dict[str, WeightHolder] = {
-        NETWORK: transformer,
-        TEXT_ENCODER: text_encoder,
-        AUTOENCODER: autoencoder,
-    }
-    for component, module in modules.items():
+    home = torch.device("cpu") if plan.performance.enable_model_cpu_offload else device
+    made = Components.build(checkpoints, home, dtypes)
+    for component, module in made.by_name().items():
 
         def report(done: int, total: int, component: str = component) -> None:
             if on_progress is not None:
                 on_progress(component, done, total)
 
         load_weights(module, checkpoints[component], on_progress=report)
-    fusable: dict[str, WeightHolder] = {NETWORK: transformer, TEXT_ENCODER: text_encoder}
-    models = Models(tokenizer, text_encoder, transformer, autoencoder, transformer, device)
-    return models, LoraFuser(fusable, checkpoints, keep_files=plan.lora.cache_models)
+    models = Models(
+        tokenizer, made.text_encoder, made.network, made.autoencoder, made.network, device
+    )
+    fuser = LoraFuser(made.by_name(), checkpoints, keep_files=plan.lora.cache_models)
+    return models, fuser
 
 
 def _as_plan(plan: Plan | str | Path | None, default: Plan) -> Plan:

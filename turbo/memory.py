@@ -14,13 +14,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from turbo.autoencoder import Autoencoder, AutoencoderConfig
-from turbo.checkpoint import Checkpoint, check_fit
-from turbo.engine import autoencoder_dtype, pick_device, pick_dtype
-from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
+from turbo.autoencoder import Autoencoder
+from turbo.checkpoint import Checkpoint
+from turbo.components import Components, component_dtypes
+from turbo.engine import pick_device, pick_dtype
 from turbo.plan import Plan, Stage
-from turbo.text_encoder import TextEncoder, TextEncoderConfig
-from turbo.transformer import Transformer, TransformerConfig, padded_length
+from turbo.transformer import Transformer, padded_length
 
 CAPTION_TOKENS = 64
 """Prompt length that the counts assume, in tokens: a paragraph."""
@@ -52,8 +51,7 @@ def weight_dtypes(dtype: str, device: str) -> dict[str, torch.dtype]:
     Raises:
         BadInputError: The device does not exist here.
     """
-    chosen = pick_dtype(dtype, pick_device(device))
-    return {NETWORK: chosen, TEXT_ENCODER: chosen, AUTOENCODER: autoencoder_dtype(chosen)}
+    return component_dtypes(pick_dtype(dtype, pick_device(device)))
 
 
 def count_memory(
@@ -69,26 +67,11 @@ def count_memory(
     Raises:
         CheckpointError: The files do not hold what the component needs.
     """
-    shapes = {component: checkpoint.shapes for component, checkpoint in checkpoints.items()}
-    groups = checkpoints[AUTOENCODER].config.get("norm_num_groups", 32)
-    network_config = TransformerConfig.from_shapes(shapes[NETWORK])
-    text_config = TextEncoderConfig.from_shapes(shapes[TEXT_ENCODER])
-    picture_config = AutoencoderConfig.from_shapes(shapes[AUTOENCODER], norm_num_groups=groups)
-    network = Transformer(network_config, "meta", dtypes[NETWORK])
-    text_encoder = TextEncoder(text_config, "meta", dtypes[TEXT_ENCODER])
-    autoencoder = Autoencoder(picture_config, "meta", dtypes[AUTOENCODER])
-    modules: dict[str, nn.Module] = {
-        NETWORK: network,
-        TEXT_ENCODER: text_encoder,
-        AUTOENCODER: autoencoder,
-    }
-    check_fit(network, checkpoints[NETWORK])
-    check_fit(text_encoder, checkpoints[TEXT_ENCODER])
-    check_fit(autoencoder, checkpoints[AUTOENCODER])
+    outline = Components.outline(checkpoints, dtypes)
     with torch.device("meta"):
-        activations = {stage.name: _stage_bytes(network, stage) for stage in plan.stages}
-        activations["decode"] = _decode_bytes(autoencoder, plan)
-    weights = {component: _weight_bytes(module) for component, module in modules.items()}
+        activations = {stage.name: _stage_bytes(outline.network, stage) for stage in plan.stages}
+        activations["decode"] = _decode_bytes(outline.autoencoder, plan)
+    weights = {name: _weight_bytes(module) for name, module in outline.by_name().items()}
     return MemoryNeed(weights, activations)
 
 

@@ -1,0 +1,82 @@
+"""The three modules that a model is made of, built as the shapes in its files say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from turbo.autoencoder import Autoencoder, AutoencoderConfig
+from turbo.checkpoint import Checkpoint, check_fit
+from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
+from turbo.text_encoder import TextEncoder, TextEncoderConfig
+from turbo.transformer import Transformer, TransformerConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Components:
+    """A model's modules, under the names of its components."""
+
+    network: Transformer
+    text_encoder: TextEncoder
+    autoencoder: Autoencoder
+
+    @classmethod
+    def build(
+        cls,
+        checkpoints: Mapping[str, Checkpoint],
+        device: torch.device | str,
+        dtypes: Mapping[str, torch.dtype],
+    ) -> Components:
+        """Make the modules without reading a weight: their values are uninitialised.
+
+        Args:
+            checkpoints: Component -> its opened files; all three.
+            device: Where the weights are to be; on "meta" they take no memory.
+            dtypes: Component -> dtype of its weights.
+
+        Raises:
+            CheckpointError: No module has such shapes.
+        """
+        shapes = {component: checkpoint.shapes for component, checkpoint in checkpoints.items()}
+        groups = checkpoints[AUTOENCODER].config.get("norm_num_groups", 32)
+        network = TransformerConfig.from_shapes(shapes[NETWORK])
+        text_encoder = TextEncoderConfig.from_shapes(shapes[TEXT_ENCODER])
+        autoencoder = AutoencoderConfig.from_shapes(shapes[AUTOENCODER], norm_num_groups=groups)
+        return cls(
+            network=Transformer(network, device, dtypes[NETWORK]),
+            text_encoder=TextEncoder(text_encoder, device, dtypes[TEXT_ENCODER]),
+            autoencoder=Autoencoder(autoencoder, device, dtypes[AUTOENCODER]),
+        )
+
+    @classmethod
+    def outline(
+        cls, checkpoints: Mapping[str, Checkpoint], dtypes: Mapping[str, torch.dtype]
+    ) -> Components:
+        """Make the modules on the meta device, sure that the files hold what they need.
+
+        Raises:
+            CheckpointError: Tensors are missing, left over or of another shape.
+        """
+        outline = cls.build(checkpoints, "meta", dtypes)
+        for component, module in outline.by_name().items():
+            check_fit(module, checkpoints[component])
+        return outline
+
+    def by_name(self) -> dict[str, Transformer | TextEncoder | Autoencoder]:
+        """Component -> its module."""
+        return {
+            NETWORK: self.network,
+            TEXT_ENCODER: self.text_encoder,
+            AUTOENCODER: self.autoencoder,
+        }
+
+
+def component_dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Component -> dtype of its weights where the network's is `dtype`.
+
+    The autoencoder works in float32 instead of float16, which overflows in it.
+    """
+    autoencoder = torch.float32 if dtype == torch.float16 else dtype
+    return {NETWORK: dtype, TEXT_ENCODER: dtype, AUTOENCODER: autoencoder}
