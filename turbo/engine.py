@@ -235,9 +235,9 @@ class Engine:
             tokenizer=tokenizer or settings.tokenizer_path,
         )
         words = Tokenizer.from_path(files.require_tokenizer())
-        for item in loras:  # a wrong name shows before gigabytes are read
-            LoraChoice.parse(item, files.loras_dir, plan.lora.default_strength)
-        models, fuser = _load(files, words, plan, device, dtype, on_progress)
+        strength = plan.lora.default_strength
+        choices = [LoraChoice.parse(item, files.loras_dir, strength) for item in loras]
+        models, fuser = _load(files, words, plan, device, dtype, on_progress, choices, strict_loras)
         engine = cls(models, files, plan, fuser, strict_loras=strict_loras)
         if loras:
             engine.set_loras(loras, strict=strict_loras)
@@ -626,6 +626,8 @@ def _load(
     device: torch.device,
     dtype: torch.dtype,
     on_progress: OnProgress | None,
+    loras: Sequence[LoraChoice],
+    strict_loras: bool,
 ) -> tuple[Models, LoraFuser]:
     checkpoints = files.open()
     dtypes = component_dtypes(dtype)
@@ -643,6 +645,7 @@ def _load(
             f"{vocabulary}: they are of different models; give the tokenizer that belongs to the "
             "text encoder"
         )
+    LoraFuser(outline.by_name(), checkpoints).check(loras, strict=strict_loras)
     home = torch.device("cpu") if plan.performance.enable_model_cpu_offload else device
     made = Components.build(checkpoints, home, dtypes)
     for component, module in made.by_name().items():

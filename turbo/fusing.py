@@ -92,6 +92,21 @@ class LoraFuser:
         self._changed: set[Target] = set()
         self._described: list[dict[str, Any]] = []
 
+    def check(self, choices: Sequence[LoraChoice], *, strict: bool = True) -> None:
+        """Refuse LoRAs that do not fit, by the headers of the files alone.
+
+        No weight is read or touched; the modules may be on the meta device.
+
+        Args:
+            choices: LoRAs.
+            strict: As for `fuse`.
+
+        Raises:
+            LoraError: A file is missing, damaged or does not fit.
+        """
+        loras = [(choice, read_lora(choice.path, shapes_only=True)) for choice in choices]
+        self._collect(loras, strict)
+
     def fuse(self, choices: Sequence[LoraChoice], *, strict: bool = True) -> bool:
         """Make the weights those of the checkpoint with `choices` applied in order.
 

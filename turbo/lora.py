@@ -221,7 +221,8 @@ class Lora:
     name: str
     """File name, for messages and metadata."""
     tensors: Mapping[str, Tensor]
-    """Key -> tensor on the CPU, in the file's dtype; all values finite in float32."""
+    """Key -> tensor on the CPU, in the file's dtype, all values finite in float32; or on the meta
+    device, if only shapes were read."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -233,11 +234,16 @@ class Lora:
         return digest.hexdigest()
 
 
-def read_lora(path: str | Path) -> Lora:
+def read_lora(path: str | Path, *, shapes_only: bool = False) -> Lora:
     """Read a LoRA from a safetensors file, judged by its content, whatever the suffix.
 
     The tensors are copied into memory, so that the file may change or go away afterwards. A file
     without any LoRA tensor, such as a whole checkpoint, is refused before its values are read.
+
+    Args:
+        path: The file.
+        shapes_only: Read what `match_lora` looks at and no more: the shapes from the header, and
+            the values of alphas and the like.
 
     Raises:
         LoraError: No such file, not safetensors (a pickle, say), damaged, no LoRA in it, of a dtype
@@ -251,11 +257,16 @@ def read_lora(path: str | Path) -> Lora:
     _require_lora_tensors(header)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key).clone() for key in header.tensors}
+            tensors = {
+                key: torch.empty(entry.shape, device="meta")
+                if shapes_only and not key.endswith(_SETTINGS)
+                else file.get_tensor(key).clone()
+                for key, entry in header.tensors.items()
+            }
     except (SafetensorError, OSError) as error:
         raise LoraError(f"LoRA {path}: cannot be read: {one_line(error)}") from error
     for key, tensor in tensors.items():
-        if not tensor.float().isfinite().all():
+        if not tensor.is_meta and not tensor.float().isfinite().all():
             raise LoraError(
                 f"{path.name}: {shorten(key)} holds NaN or values beyond float32; the file is "
                 "damaged or its training failed, use another one"

@@ -25,6 +25,7 @@ from transformers import Qwen3Model
 import turbo.engine
 from turbo import commands
 from turbo.autoencoder import to_pixels, to_uint8
+from turbo.checkpoint import Checkpoint
 from turbo.cli import main
 from turbo.engine import Engine, Result, pick_device, pick_dtype
 from turbo.errors import (
@@ -713,9 +714,47 @@ def _out_of_memory(*_: object) -> None:
     raise MemoryError
 
 
-def test_a_missing_lora_is_found_before_weights_are_read(comfyui: Path):
-    with pytest.raises(LoraError, match="no such LoRA"):
-        load(comfyui, loras=["absent"], on_progress=lambda *_: pytest.fail("weights were read"))
+@pytest.mark.parametrize(
+    ("name", "strict", "message"),
+    [
+        ("absent", True, "no such LoRA"),
+        ("cut", True, "truncated"),
+        ("partial", True, r"partial\.safetensors: 3 of 4 tensors used"),
+        ("foreign", True, r"foreign\.safetensors: 0 of 1 tensors used"),
+        ("foreign", False, r"foreign\.safetensors: 0 of 1 tensors used"),
+        ("misfit", False, r"would change a weight of \[8, 192\]"),
+    ],
+)
+def test_an_unfit_lora_is_refused_before_a_weight_is_read(
+    comfyui: Path,
+    loras: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    strict: bool,
+    message: str,
+):
+    good = loras / "network.safetensors"
+    (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:-1])
+    misfit = {"diffusion_model.layers.0.attention.out.diff": noise(6, 8, 192)}
+    save_file(misfit, tmp_path / "misfit.safetensors")
+    folder = loras if name in ("partial", "foreign") else tmp_path
+    monkeypatch.setattr(Checkpoint, "copy_into", lambda *_: pytest.fail("a weight was read"))
+    with pytest.raises(LoraError, match=message):
+        load(
+            comfyui,
+            loras=[good, folder / f"{name}.safetensors"],
+            strict_loras=strict,
+            on_progress=lambda *_: pytest.fail("a weight was read"),
+        )
+
+
+def test_a_lora_that_fits_in_part_is_loaded_with_the_model_when_asked_for(
+    engine: Engine, comfyui: Path, loras: Path
+):
+    early = load(comfyui, loras=[loras / "partial.safetensors"], strict_loras=False)
+    engine.set_loras([loras / "network.safetensors"])
+    assert same_weights(weights(early), weights(engine))
 
 
 # A picture to start from.

@@ -516,6 +516,22 @@ def test_the_names_that_comfyui_ignores_are_all_understood(shared, tiny_weights)
     assert match_lora(Lora("rest", rest), shapes_of(tiny_weights)).patches == {}
 
 
+@pytest.mark.parametrize("convention", ["kohya", "peft_transformer", "unusual_names"])
+def test_shapes_alone_match_as_the_whole_file_does(shared, tiny_weights, convention):
+    file = shared / f"golden/lora/{convention}.lora.safetensors"
+    whole, outline = (
+        match_lora(read_lora(file, shapes_only=shapes_only), shapes_of(tiny_weights))
+        for shapes_only in (False, True)
+    )
+    assert outline.patches.keys() == whole.patches.keys()
+    for target, patches in whole.patches.items():
+        assert [(patch.rows, patch.scale, patch.update.shape) for patch in patches] == [
+            (patch.rows, patch.scale, patch.update.shape) for patch in outline.patches[target]
+        ]
+    for keys in ("used", "inert", "unused"):
+        assert getattr(outline, keys) == getattr(whole, keys)
+
+
 # --- Files and errors ----------------------------------------------------------------------------
 
 
@@ -548,6 +564,19 @@ def test_the_fingerprint_depends_on_values_names_and_dtypes_only(tmp_path):
         {f"x{key}": value for key, value in tensors.items()},
     ]
     assert len({Lora("x", t).fingerprint for t in (tensors, *others)}) == 4
+
+
+def test_of_shapes_alone_only_settings_are_in_memory(tmp_path):
+    settings = {".alpha": torch.tensor(1.0), ".dora_scale": torch.ones(8, 1)}
+    module = "diffusion_model.layers.0.feed_forward.w1"
+    tensors = lora_tensors(module) | {module + suffix: value for suffix, value in settings.items()}
+    save_file(tensors, tmp_path / "a")
+    lora = read_lora(tmp_path / "a", shapes_only=True)
+    assert {key: tensor.shape for key, tensor in lora.tensors.items()} == {
+        key: tensor.shape for key, tensor in tensors.items()
+    }
+    in_memory = {key for key, tensor in lora.tensors.items() if not tensor.is_meta}
+    assert in_memory == {module + suffix for suffix in settings}
 
 
 def contents_that_are_no_lora():
@@ -648,15 +677,18 @@ BAD_MODULES: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
 }
 
 
+@pytest.mark.parametrize("shapes_only", [False, True])
 @pytest.mark.parametrize("case", BAD_MODULES)
-def test_factors_that_do_not_fit_are_named_with_their_shapes(case):
+def test_factors_that_do_not_fit_are_named_with_their_shapes(case, shapes_only, tmp_path):
     shapes, message = BAD_MODULES[case]
     tensors = {
         f"transformer.layers.0.feed_forward.w1{suffix}": torch.ones(shape)
         for suffix, shape in shapes.items()
     }
+    save_file(tensors, tmp_path / "a.safetensors")
+    lora = read_lora(tmp_path / "a.safetensors", shapes_only=shapes_only)
     with pytest.raises(LoraError, match=message) as caught:
-        match_lora(Lora("a.safetensors", tensors), SHAPES)
+        match_lora(lora, SHAPES)
     assert str(caught.value).startswith("a.safetensors: transformer.layers.0.feed_forward.w1")
 
 
