@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from turbo._version import __version__
 from turbo.errors import (
+    AccelerationError,
     BackendError,
     BadInputError,
     CheckpointError,
@@ -44,6 +45,7 @@ _HOMES = {
 
 __all__ = [
     "DEFAULT_PLAN",
+    "AccelerationError",
     "BackendError",
     "BadInputError",
     "CheckpointError",

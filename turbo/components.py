@@ -10,6 +10,7 @@ import torch
 from turbo.autoencoder import Autoencoder, AutoencoderConfig
 from turbo.checkpoint import Checkpoint, check_fit
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
+from turbo.precision import arithmetic_dtype
 from turbo.text_encoder import TextEncoder, TextEncoderConfig
 from turbo.transformer import Transformer, TransformerConfig
 
@@ -73,10 +74,13 @@ class Components:
         }
 
 
-def component_dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
+def component_dtypes(
+    dtype: torch.dtype, device: torch.device | str = "cuda"
+) -> dict[str, torch.dtype]:
     """Component -> dtype of its weights where the network's is `dtype`.
 
-    The autoencoder works in float32 instead of float16, which overflows in it.
+    The autoencoder works in float32 instead of float16, which overflows in it, and on a CPU that
+    only imitates bfloat16.
     """
-    autoencoder = torch.float32 if dtype == torch.float16 else dtype
+    autoencoder = torch.float32 if dtype == torch.float16 else arithmetic_dtype(dtype, device)
     return {NETWORK: dtype, TEXT_ENCODER: dtype, AUTOENCODER: autoencoder}

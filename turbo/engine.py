@@ -21,7 +21,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from turbo._version import __version__
+from turbo.acceleration import (
+    AUTO,
+    USUAL_BUCKETS,
+    Accelerator,
+    Counters,
+    SpeedUps,
+    check_buckets,
+    default_cache_dir,
+    open_cache,
+)
 from turbo.checkpoint import load_weights
+from turbo.compile import CaptureReport
 from turbo.components import Components, component_dtypes
 from turbo.denoiser import Caption, is_unguided
 from turbo.errors import BadInputError, LoraError, NonFiniteLatentError
@@ -51,6 +62,7 @@ from turbo.plan import (
     load_plan,
     plan_to_dict,
 )
+from turbo.precision import arithmetic_dtype
 from turbo.tensor_cache import TensorCache
 from turbo.tokenizer import Tokenizer
 
@@ -108,7 +120,12 @@ class WarmupReport:
     """What a warm-up did."""
 
     seconds: dict[str, float]
-    """Stage names, `prompt` and `decode` -> seconds of their first run."""
+    """`load` (of the model, before), `capture` (compiling included) of all parts, then stage names,
+    `prompt` and `decode` -> seconds of their first run."""
+    captures: tuple[CaptureReport, ...] = ()
+    """Each part and shape that is captured, with its seconds and its memory."""
+    built: int = 0
+    """Binaries that a compiler built because the cache on disk did not hold them."""
 
 
 class _Meter:
@@ -160,10 +177,13 @@ class Engine:
         fuser: LoraFuser,
         *,
         strict_loras: bool = True,
+        accelerator: Accelerator | None = None,
     ) -> None:
         self.models = models
         self.files = files
         self.plan = plan
+        self.accelerator = accelerator or Accelerator(models, SpeedUps())
+        self._load_seconds = 0.0
         self._fuser = fuser
         self._loras: tuple[LoraChoice, ...] = ()
         self._strict = strict_loras
@@ -190,6 +210,11 @@ class Engine:
         dtype: str | torch.dtype = "auto",
         plan: Plan | str | Path | None = None,
         strict_loras: bool = True,
+        compile: bool | str = AUTO,
+        capture: str = AUTO,
+        kernels: bool | str = AUTO,
+        cache_dir: str | Path | None = AUTO,
+        strict_speed: bool = False,
         on_progress: OnProgress | None = None,
     ) -> Engine:
         """Load a model.
@@ -209,14 +234,31 @@ class Engine:
             plan: A plan or a plan file; None is the workflow's plan.
             strict_loras: Refuse a LoRA of which some keys fit nothing; one of which none fits
                 always is.
+            compile: Whether Inductor compiles the parts; "auto": on CUDA.
+            capture: "cuda-graph", "replay" (its rules without a graph), "eager" (none) or "auto":
+                CUDA graphs on CUDA.
+            kernels: Whether fused Triton kernels run; "auto": on CUDA.
+            cache_dir: Where compiled code is kept, so that the next process compiles nothing;
+                "auto" is `default_cache_dir`, None keeps none.
+            strict_speed: Raise where something cannot be compiled or captured; otherwise a line is
+                logged and the plain way taken.
             on_progress: Called with (component, tensors read, tensors in all).
 
         Raises:
             BadInputError: A file, a setting or a device is not usable; says what would be.
         """
+        begin = time.perf_counter()
         plan = _as_plan(plan, DEFAULT_PLAN)
         settings = plan.model
         device = pick_device(settings.device if device == "auto" else device)
+        speed_ups = SpeedUps.choose(
+            device,
+            compile=compile,
+            capture=capture,
+            kernels=kernels,
+            strict=strict_speed,
+            offload=plan.performance.enable_model_cpu_offload,
+        )
         dtype = pick_dtype(settings.torch_dtype if dtype == "auto" else dtype, device)
         if not any((path, diffusion_model, text_encoder, vae)):
             path, vae, text_encoder = settings.path, settings.vae_path, settings.clip_path
@@ -238,10 +280,17 @@ class Engine:
         strength = plan.lora.default_strength
         choices = [LoraChoice.parse(item, files.loras_dir, strength) for item in loras]
         models, fuser = _load(files, words, plan, device, dtype, on_progress, choices, strict_loras)
-        engine = cls(models, files, plan, fuser, strict_loras=strict_loras)
+        accelerator = _accelerate(models, speed_ups, plan, cache_dir)
+        engine = cls(models, files, plan, fuser, strict_loras=strict_loras, accelerator=accelerator)
         if loras:
             engine.set_loras(loras, strict=strict_loras)
+        engine._load_seconds = time.perf_counter() - begin
         return engine
+
+    @property
+    def counters(self) -> Counters:
+        """What was compiled and captured so far; a warm request adds `replays` alone."""
+        return self.accelerator.counters
 
     @property
     def loras(self) -> tuple[LoraChoice, ...]:
@@ -266,14 +315,28 @@ class Engine:
             self._loras, self._strict = choices, strict
 
     @torch.inference_mode()
-    def warmup(self, on_progress: OnProgress | None = None) -> WarmupReport:
-        """Run every part once at the plan's sizes, so that no request pays for a first time.
+    def warmup(
+        self,
+        on_progress: OnProgress | None = None,
+        *,
+        buckets: Sequence[int] = USUAL_BUCKETS,
+    ) -> WarmupReport:
+        """Compile, capture and run every part at the plan's sizes, so that no request has to.
 
         Args:
-            on_progress: Called with (part, 0 or 1, 1).
+            on_progress: Called with (part, done, in all).
+            buckets: Prompt lengths in tokens, the template's 8 included, padded to multiples of 32,
+                to compile and capture for. Others are captured when they first come.
+
+        Raises:
+            BadInputError: A bucket is no multiple of 32 from 32 to 512.
+            AccelerationError: A part could not be compiled or captured, with `strict_speed`.
         """
+        buckets = check_buckets(buckets)
         meter = _Meter(self.models.device)
         plan = self.plan.resolved()
+        captures: tuple[CaptureReport, ...] = ()
+        seconds = {"load": self._load_seconds}
 
         @contextlib.contextmanager
         def part(name: str) -> Iterator[None]:
@@ -285,28 +348,34 @@ class Engine:
                 on_progress(name, 1, 1)
 
         with self._lock, self._on_device(self.models.transformer):
+            prepared = [self._prepared(stage) for stage in plan.stages]
+            if self.accelerator.speed_ups.any_stand_in:
+                begin = time.perf_counter()
+                with self._everything_on_device():
+                    captures = self.accelerator.warm_up(prepared, buckets, on_progress)
+                seconds["capture"] = time.perf_counter() - begin
             with part("prompt"):
-                short, long = self._encode(["", WARMUP_PROMPT], None)
+                pairs = self._warmup_captions(buckets)
             latent: Tensor | None = None
             for stage in plan.stages:
                 with part(stage.name):
-                    self._prepared(stage)
                     once = replace(stage, node="custom", scheduler="simple", steps=1, denoise=1.0)
-                    prepared = prepare_stage(self.models.transformer, once)
-                    # Captions of one length share a call with guidance, those of two do not.
-                    for positive in (short, long):
+                    step = prepare_stage(self.models.transformer, once)
+                    for positive, negative in pairs:
                         drawing = Drawing(
                             positive=positive,
-                            negative=short,
-                            noise=self._noise([prepared], 0),
+                            negative=negative,
+                            noise=self._noise([step], 0),
                             latent=latent,
                         )
-                        (result,) = run_stages(self.models, [prepared], drawing)
+                        (result,) = run_stages(self.models, [step], drawing)
                     latent = result.latent
             assert latent is not None
             with part("decode"):
                 self._decode(latent, plan.performance)
-        return WarmupReport(seconds=meter.read())
+        return WarmupReport(
+            seconds=seconds | meter.read(), captures=captures, built=self.accelerator.built
+        )
 
     @torch.inference_mode()
     def generate(
@@ -394,6 +463,7 @@ class Engine:
             )
             pictures = [self._picture(request, one) for one in seeds]
             used_loras = self._fuser.describe()
+            self.accelerator.save()
         description: dict[str, Any] = {
             "version": __version__,
             "prompt": prompt,
@@ -419,6 +489,19 @@ class Engine:
             stage_images=[picture.stages for picture in pictures] if keep_stages else [],
             metadata=[{**description, "seed": one} for one in seeds],
         )
+
+    def _warmup_captions(self, buckets: Sequence[int]) -> list[tuple[Caption, Caption]]:
+        """Captions to warm up with, (positive, negative).
+
+        Captions of one length share a network call with guidance, those of two do not. The first
+        is rare, so nothing is captured for it beforehand.
+        """
+        if not self.accelerator.speed_ups.any_stand_in:
+            short, long = self._encode(["", WARMUP_PROMPT], None)
+            return [(short, short), (long, short)]
+        dim, bucket = self.models.transformer.config.dim, buckets[0]
+        tokens = torch.zeros(1, bucket, dim, device=self.models.device, dtype=self.models.dtype)
+        return [(Caption(tokens, bucket), Caption(tokens, bucket - 1))]
 
     def _picture(self, request: _Request, seed: int) -> _Picture:
         finite: dict[str, Tensor] = {}
@@ -478,11 +561,14 @@ class Engine:
 
     def _decode(self, latent: Tensor, performance: Performance) -> Image.Image:
         autoencoder = self.models.autoencoder
-        tile = VAE_TILE if performance.enable_vae_tiling else None
         with self._on_device(autoencoder):
-            pixels, finite = decode(
-                autoencoder, latent, slicing=performance.enable_vae_slicing, tile=tile
-            )
+            if performance.enable_vae_tiling or self.models.decode is None:
+                tile = VAE_TILE if performance.enable_vae_tiling else None
+                pixels, finite = decode(
+                    autoencoder, latent, slicing=performance.enable_vae_slicing, tile=tile
+                )
+            else:
+                pixels, finite = self.models.decode(latent)
         if not finite:
             dtype = _name(next(autoencoder.parameters()).dtype)
             raise NonFiniteLatentError(
@@ -536,6 +622,14 @@ class Engine:
         finally:
             for parameter, weight in resting:
                 parameter.data = weight
+
+    @contextlib.contextmanager
+    def _everything_on_device(self) -> Iterator[None]:
+        models = self.models
+        with contextlib.ExitStack() as stack:
+            for module in (models.text_encoder, models.transformer, models.autoencoder):
+                stack.enter_context(self._on_device(module))
+            yield
 
     def _choose(self, loras: Sequence[Any], default_strength: float) -> tuple[LoraChoice, ...]:
         if isinstance(loras, str | Path):
@@ -630,7 +724,7 @@ def _load(
     strict_loras: bool,
 ) -> tuple[Models, LoraFuser]:
     checkpoints = files.open()
-    dtypes = component_dtypes(dtype)
+    dtypes = component_dtypes(dtype, device)
     # All is compared before anything is allocated: a foreign file may want terabytes.
     outline = Components.outline(checkpoints, dtypes)
     stride, vocabulary = outline.autoencoder.config.stride, outline.text_encoder.config.vocab_size
@@ -648,6 +742,7 @@ def _load(
     LoraFuser(outline.by_name(), checkpoints).check(loras, strict=strict_loras)
     home = torch.device("cpu") if plan.performance.enable_model_cpu_offload else device
     made = Components.build(checkpoints, home, dtypes)
+    made.network.compute_dtype = arithmetic_dtype(dtype, device)
     for component, module in made.by_name().items():
 
         def report(done: int, total: int, component: str = component) -> None:
@@ -660,6 +755,20 @@ def _load(
     )
     fuser = LoraFuser(made.by_name(), checkpoints, keep_files=plan.lora.cache_models)
     return models, fuser
+
+
+def _accelerate(
+    models: Models, speed_ups: SpeedUps, plan: Plan, cache_dir: str | Path | None
+) -> Accelerator:
+    cache = None
+    if speed_ups.compile and cache_dir is not None:
+        folder = default_cache_dir() if cache_dir == AUTO else Path(cache_dir).expanduser()
+        sizes = [(stage.height, stage.width) for stage in plan.resolved().stages]
+        cache = open_cache(folder, models, sizes, speed_ups)
+    accelerator = Accelerator(models, speed_ups, cache)
+    if speed_ups.any_stand_in:
+        accelerator.install()
+    return accelerator
 
 
 def _as_plan(plan: Plan | str | Path | None, default: Plan) -> Plan:

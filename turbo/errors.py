@@ -44,6 +44,10 @@ class NonFiniteLatentError(FailureError):
     """A stage ended in NaN or infinity; no picture was made."""
 
 
+class AccelerationError(FailureError):
+    """Something could not be compiled or captured, and stepping down was not allowed."""
+
+
 class SaveError(FailureError):
     """A picture could not be written; nothing was left under its name."""
 

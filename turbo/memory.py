@@ -51,7 +51,8 @@ def weight_dtypes(dtype: str, device: str) -> dict[str, torch.dtype]:
     Raises:
         BadInputError: The device does not exist here.
     """
-    return component_dtypes(pick_dtype(dtype, pick_device(device)))
+    chosen = pick_device(device)
+    return component_dtypes(pick_dtype(dtype, chosen), chosen)
 
 
 def count_memory(

@@ -187,12 +187,12 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
     Args:
         x: Queries or keys, [batch, tokens, heads, head_dim].
-        rotary: Cosines and sines, [2, tokens, 1, head_dim / 2], float32.
+        rotary: Cosines and sines, [tokens, 2, 1, head_dim / 2], float32.
 
     Returns:
         Shape and dtype of `x`.
     """
-    cos, sin = rotary.unbind()
+    cos, sin = rotary.unbind(1)
     pairs = x.float().reshape(*x.shape[:-1], -1, 2)
     if _is_eager_cpu(x):
         # One pass instead of five: 0.3 against 3 ms for 2336 tokens of 16 x 64 on two cores.
@@ -307,7 +307,7 @@ class Block(nn.Module):
         Args:
             x: Residual stream, [batch, tokens, dim].
             factors: One row of `factors()`, [4, dim].
-            rotary: [2, tokens, 1, head_dim / 2], float32.
+            rotary: [tokens, 2, 1, head_dim / 2], float32.
         """
         scale_attn, gate_attn, scale_ffn, gate_ffn = factors.unbind()
         branch = clamp_float16(self.attention(_rms_norm(x, scale_attn), rotary))
@@ -440,7 +440,7 @@ class Transformer(nn.Module):
             caption_tokens: Padded caption length.
 
         Returns:
-            [2, tokens, 1, head_dim / 2], float32, on the network's device. The first
+            [tokens, 2, 1, head_dim / 2], float32, on the network's device. The first
             `caption_tokens` rows are the caption's, the rest the image's, pads included.
         """
         rows, columns = -(-height // PATCH), -(-width // PATCH)
@@ -455,7 +455,7 @@ class Transformer(nn.Module):
             for position, m in zip(positions.double().unbind(1), self.config.rotary_axes)
         ]
         angle = torch.cat(angles, dim=1).unsqueeze(1)
-        return torch.stack((angle.cos(), angle.sin())).float().to(self.x_pad_token.device)
+        return torch.stack((angle.cos(), angle.sin()), dim=1).float().to(self.x_pad_token.device)
 
     def modulation_table(self, sigmas: Sequence[float]) -> Tensor:
         """All the factors that depend on sigma alone, for every network call of a schedule.
@@ -510,7 +510,7 @@ class Transformer(nn.Module):
         patches = patchify(latent).to(self.compute_dtype)
         image = _pad(self.x_embedder(patches), self.x_pad_token)
         factors = iter(modulation[:-1].reshape(-1, 4, self.config.dim).unbind())
-        image_rotary = rotary[:, caption.shape[1] :]
+        image_rotary = rotary[caption.shape[1] :]
         for block in _blocks(self.noise_refiner):
             image = refine(block, image, next(factors), image_rotary)
         x = torch.cat((caption.to(image.dtype), image), dim=1)

@@ -265,7 +265,7 @@ def check_dit_trace(case: Case, store: ModelStore, tokenizer: Path | None) -> It
     got["t_embedder"] = time
     got["layers.0.adaLN"] = first.adaLN(time)
     padded = got["context_refiner.0"].shape[1]
-    cos, sin = network.rotary_table(latent.shape[-2], latent.shape[-1], padded).squeeze(2).unbind()
+    cos, sin = network.rotary_table(latent.shape[-2], latent.shape[-1], padded).squeeze(2).unbind(1)
     got["rope"] = torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))[None, None]
     for name, want in tensors.items():
         if name in ("x", "ctx", "sigma"):

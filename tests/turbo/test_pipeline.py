@@ -368,7 +368,7 @@ def test_a_stage_can_be_prepared_for_another_size_and_for_several_latents(models
     prepared = prepare_stage(models.transformer, make_stage(), (5, 7))
     noise = draw_noise(prepared, 7, CPU, batch=2)
     assert torch.equal(noise.start, start_noise((2, 16, 5, 7), 7))
-    assert prepared.rotary_for(models.transformer, 32).shape[1] == 32 + 32  # 3 x 4 patches
+    assert prepared.rotary_for(models.transformer, 32).shape[0] == 32 + 32  # 3 x 4 patches
 
 
 def test_the_dtype_is_the_networks(models: Models):

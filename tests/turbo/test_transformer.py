@@ -210,7 +210,7 @@ def test_a_refined_caption_is_as_defined(transformer: Transformer, exact: Weight
 @pytest.mark.parametrize(("height", "width"), [(0, 0), (4, 6), (5, 7), (16, 2)])
 def test_a_rotary_table_is_as_defined(transformer: Transformer, height: int, width: int):
     angles = plain_angles(plain_positions(math.ceil(height / 2), math.ceil(width / 2), 64))
-    want = torch.stack((angles.cos(), angles.sin())).unsqueeze(2)
+    want = torch.stack((angles.cos(), angles.sin()), dim=1).unsqueeze(2)
     table = transformer.rotary_table(height, width, 64)
     assert table.dtype == torch.float32
     assert_near(table, want, 1e-7)
@@ -386,7 +386,7 @@ def test_unpatchify_undoes_patchify(height: int, width: int):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rotations_equal_the_formula(dtype: torch.dtype):
     x, angles = random(2, 5, 3, HEAD).to(dtype), random(5, HEAD // 2, seed=1)
-    rotary = torch.stack((angles.cos(), angles.sin())).unsqueeze(2)
+    rotary = torch.stack((angles.cos(), angles.sin()), dim=1).unsqueeze(2)
     got = rotate(x, rotary)
     want = [[plain_rotate(row[:, h].double(), angles) for h in range(3)] for row in x]
     torch.testing.assert_close(got, torch.stack([torch.stack(w, 1) for w in want]).to(dtype))

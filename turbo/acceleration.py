@@ -1,0 +1,448 @@
+"""The fast way to run each part: compiled by Inductor, captured over static buffers.
+
+An `Accelerator` stands in for the parts of `Models`, with their arguments and results, so nothing
+else knows of it. What it keeps is keyed by role and exact shape: a network call by latent size,
+caption bucket and batch, a prompt by its bucket (a multiple of 32: a caption is never padded
+further, which would change the picture), the decoder by latent size.
+
+Inside a captured call, single blocks are compiled, one callable for each role and number of tokens:
+34 blocks of one make compile as one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from turbo import pipeline
+from turbo._version import __version__
+from turbo.compile import (
+    BACKENDS,
+    CaptureError,
+    CaptureReport,
+    Captures,
+    CompileCache,
+    CompileError,
+    InputError,
+    Wanted,
+    compiled,
+)
+from turbo.errors import AccelerationError, BadInputError
+from turbo.text_encoder import RunLayer, run_layer
+from turbo.transformer import PAD_MULTIPLE, PATCH, RunBlock, padded_length, run_block
+
+if TYPE_CHECKING:
+    from turbo.compile import Captured, Compiled
+    from turbo.pipeline import Models, PreparedStage
+
+AUTO = "auto"
+MOST_CAPTURED_TOKENS = 512
+"""Longer prompts run uncaptured: they are rare, and each new length would cost a capture."""
+MOST_CAPTURES = 64
+"""Captured callables kept at a time; the least recently used one goes."""
+USUAL_BUCKETS = (32, 64, 96, 128)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedUps:
+    """Which speed-ups are on. None of them changes more of a picture than its last bits."""
+
+    compile: bool = False
+    """Blocks and layers are compiled by Inductor."""
+    capture: str = "eager"
+    """"cuda-graph", "replay" (the same contract without a graph) or "eager" (none)."""
+    kernels: bool = False
+    """The fused Triton kernels do the upscale and the step cache's check."""
+    strict: bool = False
+    """A speed-up that cannot be had is an error, not a line in the log."""
+
+    @classmethod
+    def choose(
+        cls,
+        device: torch.device,
+        *,
+        compile: bool | str = AUTO,
+        capture: str = AUTO,
+        kernels: bool | str = AUTO,
+        strict: bool = False,
+        offload: bool = False,
+    ) -> SpeedUps:
+        """Turn what was asked for into what is done.
+
+        Args:
+            device: Where the work is done.
+            compile: True, False or "auto": on for CUDA; on a CPU it pays only in a process that
+                makes many pictures.
+            capture: A backend or "auto": CUDA graphs on CUDA, on a CPU replay if compiled.
+            kernels: True, False or "auto": on for CUDA where Triton is installed.
+            strict: See the field.
+            offload: Whether weights move between requests, which no captured graph bears.
+
+        Raises:
+            BadInputError: A value is none of these, or cannot be had on this device.
+        """
+        on_cuda = device.type == "cuda"
+        for name, value in (("compile", compile), ("kernels", kernels)):
+            if value not in (True, False, AUTO):
+                raise BadInputError(f"{name} must be True, False or 'auto', got {value!r}")
+        if capture not in (*BACKENDS, AUTO):
+            raise BadInputError(
+                f"capture must be one of auto, {', '.join(BACKENDS)}, got {capture!r}"
+            )
+        if capture == "cuda-graph" and not on_cuda:
+            raise BadInputError(
+                f"capture='cuda-graph' needs a CUDA device, the engine is on {device}; use "
+                "'replay', 'eager' or 'auto'"
+            )
+        if offload and capture not in (AUTO, "eager"):
+            raise BadInputError(
+                f"capture={capture!r} does not go with enable_model_cpu_offload, which moves the "
+                "weights; use 'eager' or 'auto', or turn the offload off"
+            )
+        wanted = on_cuda if compile == AUTO else bool(compile)
+        if capture == AUTO:
+            capture = "eager" if offload or not (on_cuda or wanted) else "replay"
+            capture = "cuda-graph" if on_cuda and not offload else capture
+        has_kernels = on_cuda and find_spec("triton") is not None
+        return cls(
+            compile=wanted,
+            capture=capture,
+            kernels=has_kernels if kernels == AUTO else bool(kernels),
+            strict=strict,
+        )
+
+    @property
+    def any_stand_in(self) -> bool:
+        """Whether parts need a stand-in at all."""
+        return self.compile or self.capture != "eager"
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A part in one shape: the key of what is compiled and captured for it."""
+
+    part: str
+    sizes: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(cls, part: str, **sizes: int) -> Role:
+        return cls(part, tuple(sizes.items()))
+
+    def __str__(self) -> str:
+        return f"{self.part} ({', '.join(f'{name} {size}' for name, size in self.sizes)})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counters:
+    """What the speed-ups have done; between two equal warm requests only `replays` grows."""
+
+    compilations: int = 0
+    """Graphs that PyTorch's compiler traced in this process since the engine was made."""
+    captures: int = 0
+    """Parts captured."""
+    first_uses: int = 0
+    """Captures made during a request because no warm-up had asked for their shape."""
+    replays: int = 0
+    """Runs of captured parts."""
+    evictions: int = 0
+    """Captures dropped for newer ones."""
+    uncaptured: int = 0
+    """Runs of parts for a prompt that is too long to be captured."""
+
+
+class Accelerator:
+    """Compiles and captures the parts of `models` as they are needed.
+
+    Args:
+        models: Their weights are used in place, so LoRAs may be fused into them at any time.
+        speed_ups: What to do.
+        cache: Where compiled code is kept for the next process; None keeps none.
+    """
+
+    def __init__(
+        self, models: Models, speed_ups: SpeedUps, cache: CompileCache | None = None
+    ) -> None:
+        self.speed_ups = speed_ups
+        self.cache = cache
+        self.built = 0
+        """Binaries that a compiler built because the cache did not hold them."""
+        self._models = models
+        self._captures = Captures(
+            backend=speed_ups.capture,
+            limit=MOST_CAPTURES,
+            strict=speed_ups.strict,
+            # Only CUDA needs the search for host reads, which costs a run.
+            allow_host_reads=speed_ups.capture != "cuda-graph",
+        )
+        # A compiled callable lives as long as a capture that uses it.
+        self._compiled: WeakValueDictionary[str, Compiled] = WeakValueDictionary()
+        self._first_uses = self._uncaptured = 0
+
+    def install(self) -> None:
+        """Make the models' parts run through this."""
+        self._models.network = self.network
+        self._models.encode = self.encode
+        self._models.refine = self.refine
+        self._models.decode = self.decode
+
+    @property
+    def counters(self) -> Counters:
+        counted = self._captures.counters
+        return Counters(
+            compilations=counted.compilations,
+            captures=counted.captures,
+            first_uses=self._first_uses,
+            replays=counted.replays,
+            evictions=counted.evictions,
+            uncaptured=self._uncaptured,
+        )
+
+    # The parts; each has the arguments and the result of what it stands in for.
+
+    def network(
+        self, latent: Tensor, caption: Tensor, modulation: Tensor, rotary: Tensor
+    ) -> Tensor:
+        """`Transformer.forward`; the result is overwritten by the next call of this shape."""
+        if caption.shape[1] > MOST_CAPTURED_TOKENS:
+            self._uncaptured += 1
+            return cast(Tensor, self._models.transformer(latent, caption, modulation, rotary))
+        wanted = self._network(latent.contiguous(), caption, modulation, rotary)
+        return cast(Tensor, self._run(wanted)(*wanted.inputs))
+
+    def encode(self, ids: Tensor, rotary: Tensor) -> Tensor:
+        """`TextEncoder.forward` without a mask."""
+        if ids.shape[1] > MOST_CAPTURED_TOKENS:
+            self._uncaptured += 1
+            return cast(Tensor, self._models.text_encoder(ids, rotary))
+        wanted = self._encode(ids, rotary.contiguous())
+        return cast(Tensor, self._run(wanted).fresh(*wanted.inputs))
+
+    def refine(self, features: Tensor, length: Tensor, rotary: Tensor) -> Tensor:
+        """`Transformer.refine_padded`."""
+        if features.shape[1] > MOST_CAPTURED_TOKENS:
+            self._uncaptured += 1
+            return self._models.transformer.refine_padded(features, length, rotary)
+        wanted = self._refine(features, length, rotary)
+        return cast(Tensor, self._run(wanted).fresh(*wanted.inputs))
+
+    def decode(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """`pipeline.decode`; the result is overwritten by the next call of this shape."""
+        wanted = self._decode(latent.contiguous())
+        return cast("tuple[Tensor, Tensor]", self._run(wanted)(*wanted.inputs))
+
+    def warm_up(
+        self,
+        stages: Sequence[PreparedStage],
+        buckets: Sequence[int],
+        on_progress: Callable[[str, int, int], None] | None = None,
+    ) -> tuple[CaptureReport, ...]:
+        """Compile and capture all parts for these stages and padded prompt lengths.
+
+        Args:
+            stages: Of the plan; their latent sizes count.
+            buckets: Multiples of 32.
+            on_progress: Called with (role, done, total) before each.
+
+        Returns:
+            A line for each capture, with its time and memory.
+        """
+        wanted = list(self._usual(stages, check_buckets(buckets)))
+
+        def report(role: Hashable, done: int, total: int) -> None:
+            if on_progress is not None:
+                on_progress(str(role), done, total)
+
+        try:
+            with _as_our_errors():
+                return cast("tuple[CaptureReport, ...]", self._captures.warm_up(wanted, report))
+        finally:
+            self.save()
+
+    def save(self) -> None:
+        """Keep what was compiled since for the next process."""
+        if self.cache is not None:
+            self.built += len(self.cache.report().new_binaries)
+            self.cache.save()
+
+    # What each part needs to be captured.
+
+    def _usual(self, stages: Sequence[PreparedStage], buckets: Sequence[int]) -> Iterator[Wanted]:
+        models, device, dtype = self._models, self._models.device, self._models.dtype
+        config = models.transformer.config
+        sizes = dict.fromkeys(stage.latent_size for stage in stages)
+        for stage in {stage.latent_size: stage for stage in stages}.values():
+            for bucket in buckets:
+                yield self._network(
+                    torch.zeros(1, config.channels, *stage.latent_size, device=device, dtype=dtype),
+                    torch.zeros(1, bucket, config.dim, device=device, dtype=dtype),
+                    stage.modulation.rows[0],
+                    stage.rotary_for(models.transformer, bucket),
+                )
+        for bucket in buckets:
+            encoder = models.text_encoder
+            ids = torch.zeros(1, bucket, dtype=torch.int64, device=device)
+            yield self._encode(ids, encoder.rotary_table(bucket).contiguous())
+            yield self._refine(
+                torch.zeros(
+                    1, bucket, config.caption_dim, device=device, dtype=encoder.compute_dtype
+                ),
+                torch.tensor(bucket, device=device),
+                models.transformer.rotary_table(0, 0, bucket),
+            )
+        yield self._decode(torch.zeros(1, config.channels, *list(sizes)[-1], device=device))
+
+    def _network(
+        self, latent: Tensor, caption: Tensor, modulation: Tensor, rotary: Tensor
+    ) -> Wanted:
+        batch, _, height, width = latent.shape
+        role = Role.of("network", height=height, width=width, caption=caption.shape[1], batch=batch)
+
+        def make() -> Callable[..., Tensor]:
+            transformer = self._models.transformer
+            image = padded_length(-(-height // PATCH) * -(-width // PATCH))
+            refine = self._block("noise refiner", batch, image)
+            join = self._block("layer", batch, caption.shape[1] + image)
+            return lambda *inputs: transformer(*inputs, refine=refine, join=join)
+
+        return Wanted(role, _Lazy(make), (latent, caption, modulation, rotary))
+
+    def _encode(self, ids: Tensor, rotary: Tensor) -> Wanted:
+        batch, tokens = ids.shape
+
+        def make() -> Callable[..., Tensor]:
+            encoder = self._models.text_encoder
+            run: RunLayer = self._compile(f"text layer, {batch} x {tokens} tokens", run_layer)
+            return lambda *inputs: encoder(*inputs, run=run)
+
+        role = Role.of("text encoder", tokens=tokens, batch=batch)
+        return Wanted(role, _Lazy(make), (ids, rotary))
+
+    def _refine(self, features: Tensor, length: Tensor, rotary: Tensor) -> Wanted:
+        batch, tokens, _ = features.shape
+
+        def make() -> Callable[..., Tensor]:
+            transformer = self._models.transformer
+            run = self._block("context refiner", batch, tokens)
+            return lambda *inputs: transformer.refine_padded(*inputs, run=run)
+
+        role = Role.of("caption refiner", tokens=tokens, batch=batch)
+        return Wanted(role, _Lazy(make), (features, length, rotary))
+
+    def _decode(self, latent: Tensor) -> Wanted:
+        batch, _, height, width = latent.shape
+        role = Role.of("decoder", height=height, width=width, batch=batch)
+
+        def make() -> Callable[..., tuple[Tensor, Tensor]]:
+            autoencoder = self._models.autoencoder
+
+            def decode(latent: Tensor) -> tuple[Tensor, Tensor]:
+                return pipeline.decode(autoencoder, latent)
+
+            # On a CPU its norms work in place, strip by strip, which compiled code would not.
+            return decode if latent.is_cpu else self._compile(str(role), decode)
+
+        return Wanted(role, _Lazy(make), (latent,))
+
+    def _block(self, kind: str, batch: int, tokens: int) -> RunBlock:
+        return self._compile(f"{kind}, {batch} x {tokens} tokens", run_block)
+
+    # The machinery.
+
+    def _compile(self, name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+        if not self.speed_ups.compile:
+            return fn
+        found = self._compiled.get(name)
+        if found is None:
+            found = compiled(fn, name=name, cache=self.cache, strict=self.speed_ups.strict)
+            self._compiled[name] = found
+        return cast("Callable[..., Any]", found)
+
+    def _run(self, wanted: Wanted) -> Captured[Any]:
+        """The capture of a role, made at its first use."""
+        captured = self._captures.get(wanted.key)
+        if captured is not None:
+            return captured
+        self._first_uses += 1
+        with _as_our_errors():
+            return self._captures.capture(wanted.key, wanted.fn, wanted.inputs)
+
+
+class _Lazy:
+    """A callable that is made at its first call."""
+
+    def __init__(self, make: Callable[[], Callable[..., Any]]) -> None:
+        self._make = make
+        self._fn: Callable[..., Any] | None = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self._fn is None:
+            self._fn = self._make()
+        return self._fn(*inputs)
+
+
+@contextlib.contextmanager
+def _as_our_errors() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise BadInputError(str(error)) from error
+    except (CaptureError, CompileError) as error:
+        raise AccelerationError(str(error)) from error
+
+
+def check_buckets(buckets: Sequence[int]) -> tuple[int, ...]:
+    """Padded prompt lengths to warm up for, without repeats.
+
+    Raises:
+        BadInputError: One is no multiple of 32 from 32 to 512.
+    """
+    if not buckets:
+        raise BadInputError("buckets must hold at least one number of tokens, got none")
+    for bucket in buckets:
+        is_whole = isinstance(bucket, int) and not isinstance(bucket, bool)
+        if not is_whole or bucket % PAD_MULTIPLE or not 0 < bucket <= MOST_CAPTURED_TOKENS:
+            raise BadInputError(
+                f"buckets must be multiples of {PAD_MULTIPLE} from {PAD_MULTIPLE} to "
+                f"{MOST_CAPTURED_TOKENS} tokens, got {bucket!r}"
+            )
+    return tuple(dict.fromkeys(buckets))
+
+
+def default_cache_dir() -> Path:
+    """Where compiled code is kept: TURBO_CACHE, or `turbo` in the user's cache folder."""
+    given = os.environ.get("TURBO_CACHE")
+    if given:
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "turbo"
+
+
+def open_cache(
+    folder: str | Path, models: Models, sizes: Sequence[tuple[int, int]], speed_ups: SpeedUps
+) -> CompileCache:
+    """The compiled code for a model and a plan.
+
+    Args:
+        folder: Where entries are kept; it need not exist nor be writable.
+        models: Their dimensions and dtypes are part of the key.
+        sizes: Height and width in pixels of each stage of the plan, part of it too.
+        speed_ups: The backend is part of it.
+    """
+    modules = (models.transformer, models.text_encoder, models.autoencoder)
+    facts = {
+        "models": [asdict(module.config) for module in modules],
+        "dtypes": [str(next(module.parameters()).dtype) for module in modules],
+        "compute": [str(models.transformer.compute_dtype), str(models.text_encoder.compute_dtype)],
+        "stages": [list(size) for size in sizes],
+        "capture": speed_ups.capture,
+    }
+    return CompileCache(folder, facts=facts, version=__version__, device=models.device)
