@@ -242,8 +242,6 @@ def run_stages(
                 on_step(stage, done, total)
 
         report(0)
-        if latent is not None:
-            latent = resize(latent, *prepared.latent_size, stage.upscale)
         result = run_stage(
             models,
             prepared,
@@ -279,7 +277,7 @@ def run_stage(
         positive: The caption to follow.
         negative: The caption to avoid, needed only for cfg other than 1.
         noise: From `draw_noise`.
-        latent: Outside latent to start from, already of the stage's size; None for none.
+        latent: Outside latent of any size to start from; None for none.
         on_step: Called after each denoiser evaluation with how many are done.
         cache: The step cache of this run, None for none.
         aliased: See `Denoiser`.
@@ -311,15 +309,28 @@ def run_stage(
             on_step(done)
         return denoised
 
-    start = None if latent is None else to_sampler(latent)
     x = SAMPLERS[stage.sampler].sample(
         denoise,
-        start_latent(start, noise.start, prepared.sigmas[0]),
+        stage_start(prepared, noise.start, latent),
         prepared.followed,
         lambda sigma, sigma_next: next(draws),
     )
     calls = len(prepared.trace.evaluations) * denoiser.calls
     return StageResult(from_sampler(x), sum(cache.skipped) if cache else 0, calls)
+
+
+def stage_start(prepared: PreparedStage, noise: Tensor, latent: Tensor | None) -> Tensor:
+    """The noisy latent that a stage's sampler starts from.
+
+    Args:
+        prepared: The stage.
+        noise: Its start noise.
+        latent: Outside latent of any size; None for none.
+    """
+    clean = None
+    if latent is not None:
+        clean = to_sampler(resize(latent, *prepared.latent_size, prepared.stage.upscale))
+    return start_latent(clean, noise, prepared.sigmas[0])
 
 
 def make_cache(stage: plans.Stage) -> StepCache | None:

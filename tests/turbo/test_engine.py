@@ -36,7 +36,6 @@ from turbo.errors import (
     NonFiniteLatentError,
     PlanError,
 )
-from turbo.latent import resize
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.noise import MAX_SEED
 from turbo.pipeline import draw_noise, encode_prompt, prepare_stage, refine, run_stage
@@ -203,9 +202,7 @@ def test_the_engine_adds_nothing_to_the_parts_it_calls(engine: Engine):
         for number, stage in enumerate(PLAN.stages):
             prepared = prepare_stage(models.transformer, stage)
             drawn = draw_noise(prepared, 7 + number, models.device)
-            size = stage.height // 8, stage.width // 8
-            start = None if latent is None else resize(latent, *size, stage.upscale)
-            latent = run_stage(models, prepared, positive, negative, drawn, start).latent
+            latent = run_stage(models, prepared, positive, negative, drawn, latent).latent
         assert latent is not None
         pixels = to_uint8(to_pixels(models.autoencoder.decode(latent)))
     result = engine.generate("a cat", negative_prompt="blurry", seed=7)
