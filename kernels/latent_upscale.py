@@ -7,6 +7,8 @@ memory bandwidth. With ``x = (resized - shift) * scale`` the result is
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -61,7 +63,8 @@ def latent_upscale(
         latent: [batch, channels, any height, any width] in any memory layout; float32, bfloat16 or
             float16.
         noise: [batch, channels, height, width], float32, contiguous.
-        sigma: Noise level of the result, 0 to 1.
+        sigma: Noise level of the result, 0 or more. (A schedule's first, where it should be 1, may
+            be a rounding above.)
         height: New number of rows, in latent cells.
         width: New number of columns, in latent cells.
         scale: Factor to the sampler's scale, applied after `shift`.
@@ -76,8 +79,8 @@ def latent_upscale(
     """
     if height < 1 or width < 1:
         raise ValueError(f"height and width must be 1 or more cells, got {height} and {width}")
-    if not 0 <= sigma <= 1:
-        raise ValueError(f"sigma must be from 0 to 1, got {sigma}")
+    if not 0 <= sigma < math.inf:
+        raise ValueError(f"sigma must be 0 or more and finite, got {sigma}")
     if dtype not in (None, *FLOATS):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     require("latent", latent, ("batch", "channels", "height", "width"), FLOATS)

@@ -107,7 +107,7 @@ def test_the_kernel_equals_the_reference_at_awkward_sizes(
     device: str, shape: tuple[int, int, int, int], size: tuple[int, int]
 ):
     latent, noise = drawn(*shape).to(device), drawn(*shape[:2], *size, seed=1).to(device)
-    for sigma in (0.0, 0.6999999880790710, 1.0):
+    for sigma in (0.0, 0.6999999880790710, 1.0, 1.0000001192092896):
         want = latent_upscale_reference(latent, noise, sigma, *size, **SAMPLER)
         assert_same(latent_upscale(latent, noise, sigma, *size, **SAMPLER), want)
 
@@ -187,8 +187,9 @@ def fitting() -> dict[str, object]:
             "noise .* got .* of bfloat16",
         ),
         ({"noise": torch.empty(1, 4, 6, 10)}, "noise .* on meta, got .* on cpu"),
-        ({"sigma": 1.5}, "sigma must be from 0 to 1, got 1.5"),
-        ({"sigma": math.nan}, "sigma must be from 0 to 1, got nan"),
+        ({"sigma": -0.5}, "sigma must be 0 or more and finite, got -0.5"),
+        ({"sigma": math.inf}, "sigma must be 0 or more and finite, got inf"),
+        ({"sigma": math.nan}, "sigma must be 0 or more and finite, got nan"),
         ({"height": 0}, "height and width must be 1 or more cells, got 0 and 10"),
         (
             {"dtype": torch.int32},
