@@ -6,10 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.runtime.jit import JITFunction
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that the kernels read and write; inside they work in float32."""
+
+INTERPRETED: bool = knobs.runtime.interpret
+"""Whether Triton's interpreter runs the kernels, on any device; decided when they are imported."""
 
 MOST_VALUES = 2**30
 """Values a tensor may hold, so that a position in it and a step past its end fit 32 bits."""

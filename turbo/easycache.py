@@ -16,10 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from turbo.host_read import HostRead
 from turbo.sigmas import as_float32
-
-STRIDE = 8
-"""Every how many rows and columns the distances look at."""
+from turbo.similarity import KernelSimilarity, PlainSimilarity, Similarity
 
 
 class StepCache:
@@ -29,9 +28,12 @@ class StepCache:
         threshold: Sum of relative changes from which the network runs again.
         start: Sigma from which (downwards, inclusive) calls may be skipped.
         end: Sigma from which (downwards, inclusive) the cache is off.
+        kernels: Take the sums by the fused kernels; see `require_kernels`.
     """
 
-    def __init__(self, threshold: float, start: float, end: float) -> None:
+    def __init__(
+        self, threshold: float, start: float, end: float, *, kernels: bool = False
+    ) -> None:
         self.threshold = threshold
         self.start = as_float32(start)
         self.end = as_float32(end)
@@ -39,15 +41,17 @@ class StepCache:
         """For each call so far: was it skipped."""
         self.sums: list[float | None] | None = None
         """Set to a list to have, for each call, the sum that was held against the threshold."""
+        self._similarity: Similarity = KernelSimilarity() if kernels else PlainSimilarity()
+        self._read = HostRead()
         self._skip_evaluation = False
         self._first: str | None = None
-        self._rate: Tensor | None = None
-        self._sum: Tensor | float = 0.0
-        self._compared: Tensor | float | None = None
-        self._last_input: Tensor | None = None
-        self._last_output: Tensor | None = None
-        self._output_norm: Tensor | None = None
-        self._differences: dict[str, Tensor] = {}
+        """The caption whose runs are compared."""
+        self._has_run = False
+        """Whether it has run since, so that there is something to compare with."""
+        self._has_rate = False
+        """Whether it has run after a comparison, so that a change can be expected."""
+        self._compared: float | None = None
+        self._differences: dict[tuple[str, ...], Tensor] = {}
 
     def begin_evaluation(self) -> None:
         """Announce the next denoiser evaluation; its calls are skipped together."""
@@ -66,7 +70,8 @@ class StepCache:
             network: Runs the network on `latent`.
             latent: What the network sees, [captions * batch, channels, height, width].
             sigma: Noise level of the call.
-            captions: Names of the captions in the call, in the order of `latent`'s equal parts.
+            captions: Names of the captions in the call, in the order of `latent`'s equal parts; an
+                evaluation's calls are those of the one before.
 
         Returns:
             The output, real or approximated, and whether it was skipped.
@@ -74,60 +79,52 @@ class StepCache:
         self._compared = None
         if not sigma > self.end:
             return self._record(network(), skipped=False)
-        distance = None
+        captions = tuple(captions)
+        measured = False
         if sigma <= self.start:
             if self._first is None:
                 self._first = captions[0]
-            if not self._skip_evaluation and self._first in captions:
-                distance = self._distance(latent, captions)
-                self._skip_evaluation = distance is not None and self._may_skip(distance)
+            if not self._skip_evaluation and self._first in captions and self._has_run:
+                measured = True
+                self._skip_evaluation = self._may_skip(latent[self._rows(latent, captions)])
             if self._skip_evaluation:
-                return self._record(self._approximate(latent, captions), skipped=True)
+                return self._record(latent + self._differences[captions], skipped=True)
         output = network()
-        self._observe(latent, output, captions, distance)
+        self._observe(latent, output, captions, measured)
         return self._record(output, skipped=False)
 
-    def _distance(self, latent: Tensor, captions: Sequence[str]) -> Tensor | None:
-        if self._last_input is None:
-            return None
-        return (self._part(latent, captions) - self._last_input).abs().mean()
-
-    def _may_skip(self, distance: Tensor) -> bool:
-        if self._output_norm is None or self._rate is None:
+    def _may_skip(self, latent: Tensor) -> bool:
+        below = self._similarity.compare(latent, self.threshold)
+        if not self._has_rate:
             return False
-        self._sum = self._compared = self._sum + self._rate * distance / self._output_norm
-        if self._sum < self.threshold:  # the loop's only value read back from the device
-            return True
-        self._sum = 0.0
-        return False
+        if self.sums is not None:
+            self._compared = float(self._similarity.compared)
+        return bool(self._read(below))  # the loop's only value read back from the device
 
     def _observe(
-        self, latent: Tensor, output: Tensor, captions: Sequence[str], distance: Tensor | None
+        self, latent: Tensor, output: Tensor, captions: tuple[str, ...], measured: bool
     ) -> None:
         """Remember a real run: its difference, and what the next distances are taken from."""
-        parts = zip(captions, latent.chunk(len(captions)), output.chunk(len(captions)))
-        for caption, x, y in parts:
-            self._differences[caption] = y - x
+        difference = self._differences.get(captions)
+        if difference is None:
+            difference = self._differences[captions] = latent.new_empty(latent.shape)
         if self._first is None or self._first not in captions:
+            torch.sub(output, latent, out=difference)
             return
-        seen = self._part(output, captions)
-        if distance is not None and self._last_output is not None:
-            self._rate = (seen - self._last_output).abs().mean() / distance
-        self._last_input = self._part(latent, captions).clone()
-        self._last_output = seen.clone()
-        self._output_norm = output.abs().mean()
+        rows = self._rows(latent, captions)
+        self._similarity.observe(latent, output, difference, rows, measured=measured)
+        self._has_run = True
+        self._has_rate = self._has_rate or measured
 
-    def _part(self, tensor: Tensor, captions: Sequence[str]) -> Tensor:
-        """The first caption's rows, every 8th row and column."""
+    def _rows(self, latent: Tensor, captions: tuple[str, ...]) -> slice:
+        """The first caption's rows."""
         assert self._first is not None
-        rows = tensor.chunk(len(captions))[captions.index(self._first)]
-        return rows[..., ::STRIDE, ::STRIDE]
-
-    def _approximate(self, latent: Tensor, captions: Sequence[str]) -> Tensor:
-        return latent + torch.cat([self._differences[caption] for caption in captions])
+        batch = len(latent) // len(captions)
+        start = captions.index(self._first) * batch
+        return slice(start, start + batch)
 
     def _record(self, output: Tensor, *, skipped: bool) -> tuple[Tensor, bool]:
         self.skipped.append(skipped)
         if self.sums is not None:
-            self.sums.append(None if self._compared is None else float(self._compared))
+            self.sums.append(self._compared)
         return output, skipped

@@ -17,7 +17,7 @@ from turbo.autoencoder import Autoencoder, to_pixels, to_uint8
 from turbo.denoiser import Caption, Denoiser, ModulationTable, Network, is_unguided
 from turbo.easycache import StepCache
 from turbo.errors import BadInputError
-from turbo.latent import STRIDE, from_sampler, resize, start_latent, to_sampler
+from turbo.latent import SCALE, SHIFT, STRIDE, from_sampler, resize, start_latent, to_sampler
 from turbo.noise import BrownianNoise, ancestral_noise, start_noise
 from turbo.samplers import SAMPLERS, SamplerTrace, sampler_sigmas, trace_sampler
 from turbo.sigmas import percent_to_sigma, require_falling, stage_sigmas
@@ -50,6 +50,9 @@ class Models:
     """What turns padded features into a caption, as `Transformer.refine_padded`."""
     decode: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     """What turns a latent into a picture, as this module's `decode`."""
+    kernels: bool = False
+    """Whether the fused Triton kernels do the upscale and the step cache's check; needs a CUDA
+    device or Triton's interpreter, see `require_kernels`."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -250,7 +253,7 @@ def run_stages(
             drawing.noise(prepared),
             latent,
             on_step=report,
-            cache=(cache or make_cache)(stage),
+            cache=cache(stage) if cache else make_cache(stage, kernels=models.kernels),
             aliased=aliased,
         )
         latent = result.latent
@@ -311,7 +314,7 @@ def run_stage(
 
     x = SAMPLERS[stage.sampler].sample(
         denoise,
-        stage_start(prepared, noise.start, latent),
+        stage_start(prepared, noise.start, latent, kernels=models.kernels),
         prepared.followed,
         lambda sigma, sigma_next: next(draws),
     )
@@ -319,21 +322,32 @@ def run_stage(
     return StageResult(from_sampler(x), sum(cache.skipped) if cache else 0, calls)
 
 
-def stage_start(prepared: PreparedStage, noise: Tensor, latent: Tensor | None) -> Tensor:
+def stage_start(
+    prepared: PreparedStage, noise: Tensor, latent: Tensor | None, *, kernels: bool = False
+) -> Tensor:
     """The noisy latent that a stage's sampler starts from.
 
     Args:
         prepared: The stage.
         noise: Its start noise.
         latent: Outside latent of any size; None for none.
+        kernels: Resize by the fused kernel where there is one, for nearest-exact. On a CUDA device
+            not a bit changes; see `latent_upscale` about CPUs.
     """
-    clean = None
-    if latent is not None:
-        clean = to_sampler(resize(latent, *prepared.latent_size, prepared.stage.upscale))
-    return start_latent(clean, noise, prepared.sigmas[0])
+    sigma, size, method = prepared.sigmas[0], prepared.latent_size, prepared.stage.upscale
+    if latent is None:
+        return start_latent(None, noise, sigma)
+    if kernels and method == "nearest-exact":
+        from turbo.kernels.latent_upscale import latent_upscale  # needs Triton
+
+        start: Tensor = latent_upscale(
+            latent, noise, sigma, *size, scale=SCALE, shift=SHIFT, dtype=noise.dtype
+        )
+        return start
+    return start_latent(to_sampler(resize(latent, *size, method)), noise, sigma)
 
 
-def make_cache(stage: plans.Stage) -> StepCache | None:
+def make_cache(stage: plans.Stage, *, kernels: bool = False) -> StepCache | None:
     """A fresh step cache as the stage's plan has it, its percentages turned into sigmas."""
     settings = stage.easycache
     if settings is None:
@@ -342,6 +356,7 @@ def make_cache(stage: plans.Stage) -> StepCache | None:
         settings.threshold,
         percent_to_sigma(settings.start, stage.shift),
         percent_to_sigma(settings.end, stage.shift),
+        kernels=kernels,
     )
 
 

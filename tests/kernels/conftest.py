@@ -1,4 +1,4 @@
-"""Where the kernel tests run.
+"""Where the kernel tests run, here and in `tests/turbo/kernels`.
 
 A test that takes `device` runs a kernel. In an ordinary process that needs a CUDA device. With
 TRITON_INTERPRET=1 set before the start, kernels run on the CPU in Triton's interpreter instead:
@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,7 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
+def poisoned_memory() -> Iterator[None]:
     """Fill new tensors with NaN, so that a value which a kernel forgets to write shows."""
     torch.use_deterministic_algorithms(True)
     yield
@@ -35,28 +38,27 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _chosen_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
+def chosen_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choose what Triton 3.9 would choose, since it warns where nobody has."""
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
 
 
-if INTERPRETED:
-    import numpy as np
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+@pytest.fixture(autouse=True)
+def arithmetic_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In the interpreter, round to nearest, and make infinity and NaN without a warning."""
+    if INTERPRETED:
+        from triton.runtime.interpreter import InterpreterBuilder
 
-    _truncate = InterpreterBuilder.create_fp_trunc
+        truncate = InterpreterBuilder.create_fp_trunc
 
-    def _round(builder: InterpreterBuilder, source: TensorHandle, target: object) -> TensorHandle:
-        """Round to bfloat16 as GPUs do; the interpreter cuts the last 16 bits off."""
-        handle = _truncate(builder, source, target)
-        if str(handle.dtype) == "bf16":
-            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
-            handle.data = rounded.view(torch.uint16).numpy()
-        return handle
+        def round_(builder: Any, source: Any, target: object) -> Any:
+            """Round to bfloat16 as GPUs do; the interpreter cuts the last 16 bits off."""
+            handle = truncate(builder, source, target)
+            if str(handle.dtype) == "bf16":
+                rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+                handle.data = rounded.view(torch.uint16).numpy()
+            return handle
 
-    @pytest.fixture(autouse=True)
-    def _arithmetic_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        """Round to nearest, and make infinity and NaN without a warning."""
-        monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", _round)
-        with np.errstate(all="ignore"):
-            yield
+        monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", round_)
+    with np.errstate(all="ignore") if INTERPRETED else nullcontext():
+        yield

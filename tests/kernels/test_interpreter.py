@@ -1,4 +1,4 @@
-"""The kernel tests once more, on the CPU."""
+"""The tests of the kernels, and of the loop that uses them, once more on the CPU."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import pytest
 
 from tests.kernels.conftest import INTERPRETED
 
-HERE = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parent.parent
+FOLDERS = [TESTS / "kernels", TESTS / "turbo" / "kernels"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 def test_all_kernel_tests_pass_in_tritons_interpreter():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE)],
-        cwd=HERE.parent.parent,
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, FOLDERS)],
+        cwd=TESTS.parent,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

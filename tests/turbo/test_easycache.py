@@ -209,5 +209,5 @@ def test_a_skipped_call_does_not_run_the_network():
     def network() -> Tensor:
         raise AssertionError("the network was run")
 
-    _, skipped = cache.call(network, torch.full((1, 1, 8, 8), 6.0), 0.5, [POSITIVE])
+    _, skipped = cache.call(network, torch.full((1, 2, 8, 8), 6.0), 0.5, [POSITIVE])
     assert skipped

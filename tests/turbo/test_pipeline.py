@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from turbo import plan as plans
 from turbo.autoencoder import to_pixels
@@ -211,6 +212,26 @@ def test_skipped_calls_are_counted_and_not_run(models: Models, positive: Caption
     network = Constant(torch.randn(1, 16, 8, 6))
     [result] = draw(replace(models, network=network), [stage], positive)
     assert (result.skipped, result.calls, len(network.seen)) == (5, 8, 3)
+
+
+def test_the_host_reads_the_decisions_and_nothing_else(models: Models, positive: Caption):
+    settings = plans.EasyCache(threshold=1e6, start=0.0, end=0.8)
+    stage = make_stage(sampler="euler", steps=8, easycache=settings)
+    network = Constant(torch.randn(1, 16, 8, 6))
+    reads: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                reads.append(str(args))
+            return func(*args, **kwargs or {})
+
+    prepared = prepare_stage(models.transformer, stage)
+    noise = draw_noise(prepared, 7, CPU)
+    models = replace(models, network=network)
+    with Watch():
+        run_stage(models, prepared, positive, None, noise, cache=make_cache(stage))
+    assert len(reads) == 5  # of 8 calls: not of the first two nor of that after the end
 
 
 def test_each_run_has_a_fresh_cache(models: Models, positive: Caption):

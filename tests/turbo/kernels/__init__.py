@@ -1,0 +1,1 @@
+"""Tests of the engine's parts that use the fused kernels."""
