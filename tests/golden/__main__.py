@@ -27,6 +27,8 @@ from tests.golden.parts import (
     check_vae,
 )
 from tests.golden.pictures import check_e2e, check_easycache, check_lora
+from turbo.errors import BadInputError
+from turbo.kernel_support import require_kernels
 
 Handler = Callable[[Case, ModelStore, "Path | None"], Iterator[Outcome]]
 
@@ -77,11 +79,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="run only cases whose name contains this")
     parser.add_argument("--tokenizer", type=Path, help="folder of the real tokenizer")
     parser.add_argument("--device", default="cpu", help="where the models run (default: cpu)")
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="start stages and check EasyCache by the fused kernels, on a CUDA device or under "
+        "TRITON_INTERPRET=1",
+    )
     options = parser.parse_args(arguments)
     folder = options.folder.resolve()
     if not (folder / "weights.json").is_file():
         parser.error(f"{options.folder} is not a folder of recorded cases: weights.json is missing")
-    store = ModelStore(folder, torch.device(options.device))
+    device = torch.device(options.device)
+    if options.kernels:
+        try:
+            require_kernels(device)
+        except BadInputError as error:
+            parser.error(str(error))
+    store = ModelStore(folder, device, kernels=options.kernels)
     tokenizer = find_tokenizer(folder, options.tokenizer)
     passed = failed = skipped = 0
     start = time.perf_counter()

@@ -24,9 +24,10 @@ _Module = TypeVar("_Module", Transformer, TextEncoder, Autoencoder)
 class ModelStore:
     """Loads the models named in ``weights.json``, from files or from their seeds."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, *, kernels: bool = False) -> None:
         self.folder = folder
         self.device = device
+        self.kernels = kernels
         self.entries: dict[str, Any] = json.loads((folder / "weights.json").read_text())
         self._values: dict[str, dict[str, Tensor]] = {}
 
@@ -72,6 +73,7 @@ class ModelStore:
             autoencoder=self.autoencoder(autoencoder),
             network=transformer,
             device=self.device,
+            kernels=self.kernels,
         )
 
 

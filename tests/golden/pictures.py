@@ -85,7 +85,15 @@ def check_easycache(case: Case, store: ModelStore, tokenizer: Path | None) -> It
     """Decisions, their sums, and the final latent of runs with a step cache."""
     tensors = case.tensors()
     network = store.transformer(case.facts["weights"])
-    models = Models(None, None, network, None, network, store.device)  # type: ignore[arg-type]
+    models = Models(
+        None,  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        network,
+        None,  # type: ignore[arg-type]
+        network,
+        store.device,
+        store.kernels,
+    )
     captions: dict[str, Caption] = {}
     for name, value in tensors.items():
         if value.dim() == 3:
@@ -122,7 +130,7 @@ def _check_cached_run(
         easycache=settings,
     )
     prepared = prepare_stage(models.transformer, stage, (rows, columns))
-    cache = make_cache(stage)
+    cache = make_cache(stage, kernels=models.kernels)
     if cache is not None:
         cache.sums = []
     noise = draw_noise(
@@ -286,7 +294,7 @@ def _check_stages(
     noises: dict[str, StageNoise] = {}
 
     def cache(stage: Stage) -> StepCache | None:
-        caches[stage.name] = made = make_cache(stage)
+        caches[stage.name] = made = make_cache(stage, kernels=models.kernels)
         if made is not None:
             made.sums = []
         return made

@@ -19,6 +19,7 @@ from tests.golden import __main__ as runner
 from tests.golden.__main__ import main
 from tests.golden.check import Case, Outcome, thinned
 from tests.golden.models import ModelStore
+from tests.kernels.conftest import INTERPRETED
 
 EXACT = {"abs": 0.0}
 
@@ -210,6 +211,16 @@ def test_a_folder_that_holds_no_cases_is_a_usage_error(
         main([str(tmp_path)])
     assert end.value.code == 2
     assert "weights.json is missing" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs them")
+def test_kernels_where_they_cannot_run_are_a_usage_error(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as end:
+        main([str(folder), "--kernels"])
+    assert end.value.code == 2
+    assert "kernels need " in capsys.readouterr().err
 
 
 def test_the_command_exits_with_its_result(folder: Path):
