@@ -12,10 +12,10 @@ Inside a captured call, single blocks are compiled, one callable for each role a
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
@@ -37,12 +37,15 @@ from turbo.compile import (
     compiled,
 )
 from turbo.errors import AccelerationError, BadInputError
+from turbo.kernel_support import require_kernels
 from turbo.text_encoder import RunLayer, run_layer
 from turbo.transformer import PAD_MULTIPLE, PATCH, RunBlock, padded_length, run_block
 
 if TYPE_CHECKING:
     from turbo.compile import Captured, Compiled
     from turbo.pipeline import Models, PreparedStage
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 MOST_CAPTURED_TOKENS = 512
@@ -112,13 +115,10 @@ class SpeedUps:
         if capture == AUTO:
             capture = "eager" if offload or not (on_cuda or wanted) else "replay"
             capture = "cuda-graph" if on_cuda and not offload else capture
-        has_kernels = on_cuda and find_spec("triton") is not None
-        return cls(
-            compile=wanted,
-            capture=capture,
-            kernels=has_kernels if kernels == AUTO else bool(kernels),
-            strict=strict,
-        )
+        has_kernels = False
+        if kernels is True or (kernels == AUTO and on_cuda):
+            has_kernels = _kernels_run(device, required=strict or kernels is True)
+        return cls(compile=wanted, capture=capture, kernels=has_kernels, strict=strict)
 
     @property
     def any_stand_in(self) -> bool:
@@ -397,6 +397,17 @@ def _as_our_errors() -> Iterator[None]:
         raise BadInputError(str(error)) from error
     except (CaptureError, CompileError) as error:
         raise AccelerationError(str(error)) from error
+
+
+def _kernels_run(device: torch.device, *, required: bool) -> bool:
+    try:
+        require_kernels(device)
+    except BadInputError as error:
+        if required:
+            raise
+        logger.warning("%s; the plain operations run", error)
+        return False
+    return True
 
 
 def check_buckets(buckets: Sequence[int]) -> tuple[int, ...]:

@@ -765,6 +765,7 @@ def _accelerate(
         folder = default_cache_dir() if cache_dir == AUTO else Path(cache_dir).expanduser()
         sizes = [(stage.height, stage.width) for stage in plan.resolved().stages]
         cache = open_cache(folder, models, sizes, speed_ups)
+    models.kernels = speed_ups.kernels
     accelerator = Accelerator(models, speed_ups, cache)
     if speed_ups.any_stand_in:
         accelerator.install()

@@ -112,6 +112,13 @@ def _dumper_class() -> Any:
         def ignore_aliases(self, data: Any) -> bool:
             return True
 
+        def represent_text(self, text: str) -> Any:
+            # Outside double quotes these count as line breaks and are read as something else.
+            breaks = any(character in text for character in "\x85\u2028\u2029")
+            style = '"' if breaks else None
+            return self.represent_scalar(f"{_TAG}str", text, style=style)
+
+    PlainDumper.add_representer(str, PlainDumper.represent_text)
     _teach_exponents(PlainDumper)
     return PlainDumper
 

@@ -92,7 +92,7 @@ def check_easycache(case: Case, store: ModelStore, tokenizer: Path | None) -> It
         None,  # type: ignore[arg-type]
         network,
         store.device,
-        store.kernels,
+        kernels=store.kernels,
     )
     captions: dict[str, Caption] = {}
     for name, value in tensors.items():

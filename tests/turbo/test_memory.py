@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from turbo.components import component_dtypes
 from turbo.errors import CheckpointError
 from turbo.memory import MemoryNeed, _peak_bytes, count_memory, weight_dtypes
 from turbo.model_files import find_model_files
@@ -53,7 +54,7 @@ def test_the_real_model_needs_what_its_files_hold(shared: Path):
         )
         for component, (file, tensors) in zip(components, manifest.items(), strict=True)
     }
-    need = count_memory(checkpoints, DEFAULT_PLAN, weight_dtypes("bfloat16", "cpu"))
+    need = count_memory(checkpoints, DEFAULT_PLAN, component_dtypes(torch.bfloat16))
     assert need.weights["network"] == 2 * sum(
         torch.Size(shape).numel() for shape in checkpoints["network"].shapes.values()
     )

@@ -184,8 +184,11 @@ def test_the_single_stage_takes_steps_and_cfg():
         ({"name": "../x"}, "name must be letters"),
         ({"name": 3}, "name must be text"),
         *(
-            ({"name": name}, "name must not be one of prompt, encode, decode, total, which")
-            for name in ("prompt", "encode", "decode", "total")
+            (
+                {"name": name},
+                "name must not be one of load, capture, prompt,",
+            )
+            for name in TAKEN_NAMES
         ),
         ({"easycache": 0.3}, "easycache must be an EasyCache"),
     ],
@@ -429,7 +432,7 @@ def test_stages_can_be_dropped_and_added(tmp_path: Path):
         ),
         (
             "generation:\n  stage2:\n    name: decode",
-            ", line 3: generation.stage2.name must not be one of prompt, encode, decode, total",
+            ", line 3: generation.stage2.name must not be one of load, capture",
         ),
         ("generation: {guidance_scale: -1}", "generation.guidance_scale must be a number"),
         ("model: {path: 12}", "model.path must be text, got 12; put it in quotes"),
@@ -601,7 +604,7 @@ def test_writing_and_reading_gives_the_same_plan(tmp_path_factory: Any, plan: Pl
 
 
 def test_text_that_looks_like_a_number_stays_text(tmp_path: Path):
-    for path in ("1e5", "12", "yes", "null", "010", "2024-01-01", "~", "a: b", "x #y"):
+    for path in ("1e5", "12", "yes", "null", "010", "2024-01-01", "~", "a: b", "x #y", "a\x85b"):
         plan = replace(DEFAULT_PLAN, model=ModelSettings(path=path))
         assert read(tmp_path, dump_plan(plan)).model.path == path
 

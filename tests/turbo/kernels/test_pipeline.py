@@ -56,7 +56,8 @@ def make_models(device: str, dtype: torch.dtype, *, kernels: bool) -> tuple[Mode
     missing: Any = None
     transformer: Any = network
     place = torch.device(device)
-    return Models(missing, missing, transformer, missing, network, place, kernels), network
+    models = Models(missing, missing, transformer, missing, network, place, kernels=kernels)
+    return models, network
 
 
 def caption(value: float, length: int, models: Models) -> Caption:
