@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from turbo.compile import BACKENDS
 
 from tests.golden.check import Case, Outcome, find_cases
 from tests.golden.models import ModelStore
@@ -27,8 +28,8 @@ from tests.golden.parts import (
     check_vae,
 )
 from tests.golden.pictures import check_e2e, check_easycache, check_lora
+from turbo.acceleration import SpeedUps
 from turbo.errors import BadInputError
-from turbo.kernel_support import require_kernels
 
 Handler = Callable[[Case, ModelStore, "Path | None"], Iterator[Outcome]]
 
@@ -79,6 +80,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="run only cases whose name contains this")
     parser.add_argument("--tokenizer", type=Path, help="folder of the real tokenizer")
     parser.add_argument("--device", default="cpu", help="where the models run (default: cpu)")
+    parser.add_argument("--compile", action="store_true", help="compile the parts by Inductor")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="eager",
+        help="how the parts are captured (default: eager, not at all)",
+    )
     parser.add_argument(
         "--kernels",
         action="store_true",
@@ -90,12 +98,17 @@ def main(arguments: list[str] | None = None) -> int:
     if not (folder / "weights.json").is_file():
         parser.error(f"{options.folder} is not a folder of recorded cases: weights.json is missing")
     device = torch.device(options.device)
-    if options.kernels:
-        try:
-            require_kernels(device)
-        except BadInputError as error:
-            parser.error(str(error))
-    store = ModelStore(folder, device, kernels=options.kernels)
+    try:
+        speed_ups = SpeedUps.choose(
+            device,
+            compile=options.compile,
+            capture=options.backend,
+            kernels=options.kernels,
+            strict=True,
+        )
+    except BadInputError as error:
+        parser.error(str(error))
+    store = ModelStore(folder, device, speed_ups=speed_ups)
     tokenizer = find_tokenizer(folder, options.tokenizer)
     passed = failed = skipped = 0
     start = time.perf_counter()

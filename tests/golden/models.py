@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from turbo.acceleration import Accelerator, SpeedUps
 from turbo.autoencoder import Autoencoder, AutoencoderConfig
 from turbo.pipeline import Models
 from turbo.testing import autoencoder_shapes, initialise, qwen3_shapes, zimage_shapes
@@ -24,10 +25,13 @@ _Module = TypeVar("_Module", Transformer, TextEncoder, Autoencoder)
 class ModelStore:
     """Loads the models named in ``weights.json``, from files or from their seeds."""
 
-    def __init__(self, folder: Path, device: torch.device, *, kernels: bool = False) -> None:
+    def __init__(
+        self, folder: Path, device: torch.device, *, speed_ups: SpeedUps | None = None
+    ) -> None:
         self.folder = folder
         self.device = device
-        self.kernels = kernels
+        self.speed_ups = speed_ups or SpeedUps()
+        self._models: dict[tuple[str | None, ...], Models] = {}
         self.entries: dict[str, Any] = json.loads((folder / "weights.json").read_text())
         self._values: dict[str, dict[str, Tensor]] = {}
 
@@ -63,18 +67,36 @@ class ModelStore:
         config = AutoencoderConfig.from_shapes(_shapes_of(values))
         return _filled(Autoencoder(config, self.device, torch.float32), values)
 
-    def models(self, network: str, text_encoder: str, autoencoder: str) -> Models:
-        """All parts together; there is no tokenizer, the cases give ids."""
-        transformer = self.transformer(network)
-        return Models(
-            tokenizer=cast("Tokenizer", None),
-            text_encoder=self.text_encoder(text_encoder),
-            transformer=transformer,
-            autoencoder=self.autoencoder(autoencoder),
-            network=transformer,
-            device=self.device,
-            kernels=self.kernels,
-        )
+    def models(
+        self, network: str, text_encoder: str | None = None, autoencoder: str | None = None
+    ) -> Models:
+        """Parts together, sped up as asked; there is no tokenizer, the cases give ids.
+
+        Made once for each set of names. What a case changed in the weights is undone here, in
+        place, as the engine does it under captured graphs.
+        """
+        names = (network, text_encoder, autoencoder)
+        if names not in self._models:
+            transformer = self.transformer(network)
+            models = Models(
+                tokenizer=cast("Tokenizer", None),
+                text_encoder=cast("TextEncoder", text_encoder and self.text_encoder(text_encoder)),
+                transformer=transformer,
+                autoencoder=cast("Autoencoder", autoencoder and self.autoencoder(autoencoder)),
+                network=transformer,
+                device=self.device,
+                kernels=self.speed_ups.kernels,
+            )
+            if self.speed_ups.any_stand_in:
+                Accelerator(models, self.speed_ups).install()
+            self._models[names] = models
+        models = self._models[names]
+        _filled(models.transformer, self.values(network))
+        if text_encoder is not None:
+            _filled(models.text_encoder, self.values(text_encoder))
+        if autoencoder is not None:
+            _filled(models.autoencoder, self.values(autoencoder))
+        return models
 
 
 def values_digest(values: dict[str, Tensor]) -> str:

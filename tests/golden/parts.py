@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from tests.golden.models import ModelStore
 from turbo.autoencoder import to_pixels
 from turbo.latent import from_sampler, resize, start_latent, target_size, to_sampler
 from turbo.noise import BrownianNoise, ancestral_noise, indexed_noise, start_noise
+from turbo.pipeline import Models, refine
 from turbo.samplers import SAMPLERS, sampler_sigmas, trace_sampler
 from turbo.sigmas import (
     DROP_PENULTIMATE,
@@ -27,7 +28,7 @@ from turbo.sigmas import (
     sigma_table,
 )
 from turbo.tokenizer import Tokenizer, attention_mask
-from turbo.transformer import Block, Transformer
+from turbo.transformer import Block
 
 _SIGMA_KEY = re.compile(
     r"(?P<how>\w+)/(?:(?P<scheduler>\w+)/)?shift(?P<shift>[\d.]+)"
@@ -214,36 +215,41 @@ def check_latent_resize(case: Case, store: ModelStore, tokenizer: Path | None) -
         yield outcome
 
 
-def run_network(network: Transformer, latent: Tensor, features: Tensor, sigma: float) -> Tensor:
-    """One forward of a transformer with everything it needs made on the spot."""
-    caption = network.refine_caption(features)
-    rotary = network.rotary_table(latent.shape[-2], latent.shape[-1], caption.shape[1])
-    table = network.modulation_table([sigma])
-    return cast("Tensor", network(latent, caption, table[0], rotary))
+def run_network(models: Models, latent: Tensor, features: Tensor, sigma: float) -> Tensor:
+    """One forward of a network with everything it needs made on the spot."""
+    transformer = models.transformer
+    caption = refine(models, features).tokens
+    rotary = transformer.rotary_table(latent.shape[-2], latent.shape[-1], caption.shape[1])
+    table = transformer.modulation_table([sigma])
+    return models.network(latent, caption, table[0], rotary).clone()  # a graph's is overwritten
 
 
 def check_dit(case: Case, store: ModelStore, tokenizer: Path | None) -> Iterator[Outcome]:
     """The network's output; rows of a batch that differ in sigma go one by one."""
     tensors = {key: value.to(store.device) for key, value in case.tensors().items()}
-    network = store.transformer(case.facts["weights"])
+    models = store.models(case.facts["weights"])
     for facts in case.facts["cases"]:
         key = facts["key"]
         latent, features = tensors[f"{key}/x"], tensors[f"{key}/ctx"]
         sigmas = tensors[f"{key}/sigma"].tolist()
         if len(set(sigmas)) == 1:
-            got = run_network(network, latent, features, sigmas[0])
+            got = run_network(models, latent, features, sigmas[0])
         else:
             rows = zip(latent.split(1), features.split(1), sigmas)
-            got = torch.cat([run_network(network, x, ctx, sigma) for x, ctx, sigma in rows])
+            got = torch.cat([run_network(models, x, ctx, sigma) for x, ctx, sigma in rows])
         outcome = case.outcome(key)
         outcome.compare("out", got, tensors[f"{key}/out"].cpu(), *case.limits())
         yield outcome
 
 
 def check_dit_trace(case: Case, store: ModelStore, tokenizer: Path | None) -> Iterator[Outcome]:
-    """Inner values of one forward, each at the place in our network that means the same."""
+    """Inner values of one forward, each at the place in our network that means the same.
+
+    Only the plain network has such places.
+    """
     tensors = case.tensors()
     network = store.transformer(case.facts["weights"])
+    models = Models(cast("Any", None), cast("Any", None), network, cast("Any", None), network)
     latent, features = tensors["x"].to(store.device), tensors["ctx"].to(store.device)
     sigma = tensors["sigma"].tolist()[0]
     got: dict[str, Tensor] = {}
@@ -260,7 +266,7 @@ def check_dit_trace(case: Case, store: ModelStore, tokenizer: Path | None) -> It
         watched |= {f"{group}.{k}": block for k, block in enumerate(getattr(network, group))}
     for name, module in watched.items():
         module.register_forward_hook(lambda _m, _i, out, name=name: got.__setitem__(name, out))
-    got["out"] = run_network(network, latent, features, sigma)
+    got["out"] = run_network(models, latent, features, sigma)
     time = network.embed_time([sigma])
     got["t_embedder"] = time
     got["layers.0.adaLN"] = first.adaLN(time)

@@ -84,16 +84,7 @@ SMALL_MARGIN = 1e-3
 def check_easycache(case: Case, store: ModelStore, tokenizer: Path | None) -> Iterator[Outcome]:
     """Decisions, their sums, and the final latent of runs with a step cache."""
     tensors = case.tensors()
-    network = store.transformer(case.facts["weights"])
-    models = Models(
-        None,  # type: ignore[arg-type]
-        None,  # type: ignore[arg-type]
-        network,
-        None,  # type: ignore[arg-type]
-        network,
-        store.device,
-        kernels=store.kernels,
-    )
+    models = store.models(case.facts["weights"])
     captions: dict[str, Caption] = {}
     for name, value in tensors.items():
         if value.dim() == 3:
@@ -194,8 +185,8 @@ def check_lora(case: Case, store: ModelStore, tokenizer: Path | None) -> Iterato
         outcome = case.outcome(f"s{strength}")
         network_name = pick(case.facts["weights"], "dit")
         text_name = pick(case.facts["weights"], "te")
-        network, text = store.transformer(network_name), store.text_encoder(text_name)
-        modules: dict[str, Any] = {NETWORK: network, TEXT_ENCODER: text}
+        models = store.models(network_name, text_name)
+        modules: dict[str, Any] = {NETWORK: models.transformer, TEXT_ENCODER: models.text_encoder}
         names = {NETWORK: network_name, TEXT_ENCODER: text_name}
         ignored = set(case.facts.get("ignored_keys", ()))
         _fuse(store, modules, names, file, (float(strength),) * 2, ignored)
@@ -215,10 +206,10 @@ def check_lora(case: Case, store: ModelStore, tokenizer: Path | None) -> Iterato
                 outcome.compare(f"{entry} probe", probe, tensors[f"{prefix}/probe"], *case.limits())
         if f"s{strength}/out" in tensors:
             latent, features = tensors["x"].to(store.device), tensors["ctx"].to(store.device)
-            got = run_network(network, latent, features, 0.6)
+            got = run_network(models, latent, features, 0.6)
             outcome.compare("out", got, tensors[f"s{strength}/out"], *case.limits())
         if f"s{strength}/cond" in tensors:
-            cond = text.encode(tensors["ids"].reshape(1, -1))
+            cond = encode_visible(models, tensors["ids"].reshape(-1).tolist())
             outcome.compare("cond", cond, tensors[f"s{strength}/cond"], *case.limits())
         yield outcome
 
@@ -278,6 +269,10 @@ def _check_workflow(case: Case, store: ModelStore, outcome: Outcome) -> None:
     latent = _check_stages(case, outcome, models, stages, captions, tensors)
     pixels = to_pixels(models.autoencoder.decode(latent))[0].cpu()
     _check_picture(case, outcome, pixels, tensors)
+    if models.decode is not None:
+        (captured,), _ = models.decode(latent)
+        apart = (captured.cpu().int() - to_uint8(pixels).int()).abs().max()
+        outcome.require(bool(apart <= 1), f"the captured decoder is {apart} of 255 away")
 
 
 def _check_stages(
