@@ -1,8 +1,9 @@
 """``python -m bench.network``: one network call and a whole picture beside diffusers, same weights.
 
 Both sides run in one process, alternating, so that a busy machine slows both. A number is printed
-only after the two sides' outputs were found to agree. Weights are random: speed does not depend on
-their values. EasyCache, which leaves out network calls, is timed as a side of its own.
+only after the sides' outputs were found to agree. Weights are random: speed does not depend on
+their values. Compiling is not timed. EasyCache, which leaves out network calls, is timed as a side
+of its own.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from turbo.compile import CompileCache
 
 from turbo import __version__
+from turbo.acceleration import Accelerator, SpeedUps, default_cache_dir
 from turbo.autoencoder import Autoencoder, AutoencoderConfig, to_pixels
 from turbo.latent import from_sampler, resize, start_latent, to_sampler
 from turbo.names import AUTOENCODER, NETWORK, diffusers_names, is_plain_matrix
@@ -61,7 +64,7 @@ two sides round in different places; turbo's distance to float32 is what the tes
 class Rivals:
     """The same weights in our modules and in diffusers'."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, cache: CompileCache) -> None:
         self.dtype = dtype
         network = initialise(zimage_shapes(NETWORK_CONFIG), seed=1)
         picture = initialise(autoencoder_shapes(TINY_AUTOENCODER), seed=2)
@@ -80,14 +83,18 @@ class Rivals:
             self.autoencoder,
             self.transformer,
         )
+        self.fast = replace(self.models)
+        Accelerator(
+            self.fast, SpeedUps(compile=True, capture="replay", strict=True), cache
+        ).install()
         self.their_network = _their_network(network, dtype)
         self.their_autoencoder = _their_autoencoder(picture, dtype)
         generator = torch.Generator().manual_seed(0)
         self.positive = torch.randn(1, CAPTION_TOKENS, CAPTION_DIM, generator=generator)
         self.negative = torch.randn(1, NEGATIVE_TOKENS, CAPTION_DIM, generator=generator)
 
-    def forward(self, prepared: PreparedStage) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-        """One network call at a stage's size: ours and theirs."""
+    def forward(self, prepared: PreparedStage) -> dict[str, Callable[[], Tensor]]:
+        """One network call at a stage's size, by side."""
         generator = torch.Generator().manual_seed(1)
         latent = torch.randn(1, 16, *prepared.latent_size, generator=generator).to(self.dtype)
         sigma = prepared.trace.evaluations[0]
@@ -95,11 +102,12 @@ class Rivals:
         rotary = prepared.rotary_for(self.transformer, caption.shape[1])
         modulation = self.transformer.modulation_table([sigma])[0]
 
-        def ours() -> Tensor:
-            output: Tensor = self.transformer(latent, caption, modulation, rotary)
-            return output
-
-        return ours, lambda: self.their_velocity(latent, sigma, [self.positive])
+        inputs = latent, caption, modulation, rotary
+        return {
+            "turbo": lambda: self.models.network(*inputs),
+            "turbo, compiled": lambda: self.fast.network(*inputs),
+            "diffusers": lambda: self.their_velocity(latent, sigma, [self.positive]),
+        }
 
     def their_velocity(self, latent: Tensor, sigma: float, captions: Sequence[Tensor]) -> Tensor:
         """diffusers' network, its sign turned to ours."""
@@ -109,11 +117,11 @@ class Rivals:
         outputs = self.their_network(rows, time_, features, return_dict=False)[0]
         return -torch.stack([output.squeeze(1) for output in outputs])
 
-    def our_picture(self, stages: Sequence[PreparedStage]) -> Tensor:
+    def our_picture(self, models: Models, stages: Sequence[PreparedStage]) -> Tensor:
         """Three stages and the decoder, from caption features, as the engine does it."""
-        positive, negative = (refine(self.models, c) for c in (self.positive, self.negative))
+        positive, negative = (refine(models, c) for c in (self.positive, self.negative))
         drawing = Drawing(positive=positive, negative=negative, noise=_noise)
-        *_, last = run_stages(self.models, stages, drawing)
+        *_, last = run_stages(models, stages, drawing)
         return to_pixels(self.autoencoder.decode(last.latent))
 
     def their_picture(self, stages: Sequence[PreparedStage]) -> Tensor:
@@ -151,33 +159,41 @@ class Rivals:
         return to_pixels(raw)
 
 
-def measure(dtype: torch.dtype, rounds: int, pictures: int) -> dict[str, Any]:
+def measure(dtype: torch.dtype, rounds: int, pictures: int, cache: CompileCache) -> dict[str, Any]:
     """Check, then time, forwards at the three stage sizes and whole pictures.
 
     What our side has ready beforehand: rotary tables, modulation tables and, for the forwards, the
     refined caption. diffusers makes them in each call. The picture includes our refining.
     """
-    rivals = Rivals(dtype)
+    rivals = Rivals(dtype, cache)
     cached = [prepare_stage(rivals.transformer, stage) for stage in DEFAULT_PLAN.stages]
     stages = [replace(ready, stage=replace(ready.stage, easycache=None)) for ready in cached]
     results: dict[str, Any] = {"forward": {}, "picture": {}}
     for prepared in stages:
-        ours, theirs = rivals.forward(prepared)
-        difference = _difference(ours(), theirs())
-        _require_equal(f"forward {prepared.stage.name}", difference, dtype)
-        timed = _alternate({"turbo": ours, "diffusers": theirs}, rounds)
-        results["forward"][prepared.stage.name] = timed | {"difference": difference}
+        sides = rivals.forward(prepared)
+        differences = _differences(f"forward {prepared.stage.name}", sides, dtype)
+        timed = _alternate(sides, rounds)
+        results["forward"][prepared.stage.name] = timed | {"difference": differences}
         _print(f"{_name(dtype)} forward {prepared.stage.name}", timed)
     if pictures:
-        sides = {
-            "turbo": lambda: rivals.our_picture(stages),
-            "turbo, EasyCache": lambda: rivals.our_picture(cached),
+        exact: dict[str, Callable[[], Tensor]] = {
+            "turbo": lambda: rivals.our_picture(rivals.models, stages),
+            "turbo, compiled": lambda: rivals.our_picture(rivals.fast, stages),
             "diffusers": lambda: rivals.their_picture(stages),
         }
-        difference = _difference(sides["turbo"](), sides["diffusers"]())
-        _require_equal("picture", difference, dtype)
-        timed = _alternate(sides, pictures)
-        results["picture"] = timed | {"difference": difference}
+        approximate: dict[str, Callable[[], Tensor]] = {
+            "turbo, EasyCache": lambda: rivals.our_picture(rivals.models, cached),
+            "turbo, compiled, EasyCache": lambda: rivals.our_picture(rivals.fast, cached),
+        }
+        # A check of whole pictures takes as long as a round, so the check is the first round.
+        timed, outputs = _alternate_keeping(exact | approximate, pictures)
+        results["picture"] = timed | {
+            "difference": {
+                name: _require_equal(f"picture, {name}", outputs[name], outputs["diffusers"], dtype)
+                for name in exact
+                if name != "diffusers"
+            }
+        }
         _print(f"{_name(dtype)} picture", timed)
     return results
 
@@ -188,11 +204,19 @@ def _noise(prepared: PreparedStage) -> StageNoise:
 
 def _alternate(sides: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, Any]:
     """Time the sides in turn; the check before it was their warm-up."""
+    return _alternate_keeping(sides, rounds)[0]
+
+
+def _alternate_keeping(
+    sides: dict[str, Callable[[], Tensor]], rounds: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Time the sides in turn, and give their last outputs."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    outputs: dict[str, Tensor] = {}
     for _ in range(rounds):
         for name, run in sides.items():
             start = time.perf_counter()
-            run()
+            outputs[name] = run()
             seconds[name].append(time.perf_counter() - start)
     timed: dict[str, Any] = {
         name: {"median_s": statistics.median(values), "all_s": values}
@@ -203,18 +227,27 @@ def _alternate(sides: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str,
         for name, values in seconds.items()
         if name != "diffusers"
     }
-    return timed
+    return timed, outputs
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    theirs = theirs.float()
-    return float((ours.float() - theirs).abs().max() / theirs.abs().max())
+def _differences(
+    what: str, sides: dict[str, Callable[[], Tensor]], dtype: torch.dtype
+) -> dict[str, float]:
+    theirs = sides["diffusers"]()
+    return {
+        name: _require_equal(f"{what}, {name}", run(), theirs, dtype)
+        for name, run in sides.items()
+        if name != "diffusers"
+    }
 
 
-def _require_equal(what: str, difference: float, dtype: torch.dtype) -> None:
+def _require_equal(what: str, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> float:
+    """The largest difference relative to the largest value; ends the run if it is too large."""
+    difference = float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
     allowed = LARGEST_DIFFERENCE[dtype]
     if not difference <= allowed:
         raise SystemExit(f"{what}: the two sides differ by {difference:.3g}, allowed {allowed}")
+    return difference
 
 
 def _print(what: str, timed: dict[str, Any]) -> None:
@@ -319,10 +352,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results: dict[str, Any] = {"machine": describe_machine(), "network": NETWORK_CONFIG}
-    with torch.inference_mode():
+    cache = CompileCache(
+        default_cache_dir(), facts=NETWORK_CONFIG, version=__version__, device="cpu"
+    )
+    with torch.inference_mode(), cache:
         for name in options.dtypes.split(","):
             dtype = getattr(torch, name)
-            results[name] = measure(dtype, options.rounds, options.pictures)
+            results[name] = measure(dtype, options.rounds, options.pictures, cache)
     if options.output:
         options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
