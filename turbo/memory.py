@@ -18,12 +18,12 @@ from turbo.autoencoder import Autoencoder
 from turbo.checkpoint import Checkpoint
 from turbo.components import Components, component_dtypes
 from turbo.engine import pick_device, pick_dtype
+from turbo.latent import STRIDE
 from turbo.plan import Plan, Stage
 from turbo.transformer import Transformer, padded_length
 
 CAPTION_TOKENS = 64
 """Prompt length that the counts assume, in tokens: a paragraph."""
-VAE_STRIDE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def _weight_bytes(module: nn.Module) -> int:
 
 
 def _stage_bytes(network: Transformer, stage: Stage) -> int:
-    height, width = stage.height // VAE_STRIDE, stage.width // VAE_STRIDE
+    height, width = stage.height // STRIDE, stage.width // STRIDE
     batch = 1 if stage.cfg == 1 else 2
     config = network.config
     tokens = padded_length(CAPTION_TOKENS)
@@ -96,7 +96,7 @@ def _stage_bytes(network: Transformer, stage: Stage) -> int:
 def _decode_bytes(autoencoder: Autoencoder, plan: Plan) -> int:
     last = plan.stages[-1]
     channels = autoencoder.config.latent_channels
-    latent = torch.empty(1, channels, last.height // VAE_STRIDE, last.width // VAE_STRIDE)
+    latent = torch.empty(1, channels, last.height // STRIDE, last.width // STRIDE)
     return _peak_bytes(autoencoder, lambda: autoencoder.decode(latent))
 
 
