@@ -119,8 +119,8 @@ class LoraFuser:
 
         Raises:
             LoraError: A file does not fit; no weight was touched.
-        Exception: Writing failed; the weights are the checkpoint's, without any LoRA.
             CheckpointError: The checkpoint's files have changed, so its weights cannot be restored.
+            Exception: Writing failed; the weights are the checkpoint's, without any LoRA.
         """
         choices = tuple(choices)
         if choices == self._fused and (self._fused_strictly or not strict):
