@@ -248,6 +248,7 @@ class Engine:
             BadInputError: A file, a setting or a device is not usable; says what would be.
         """
         begin = time.perf_counter()
+        _require_list(loras)
         plan = _as_plan(plan, DEFAULT_PLAN)
         settings = plan.model
         device = pick_device(settings.device if device == "auto" else device)
@@ -632,8 +633,7 @@ class Engine:
             yield
 
     def _choose(self, loras: Sequence[Any], default_strength: float) -> tuple[LoraChoice, ...]:
-        if isinstance(loras, str | Path):
-            raise LoraError(f"loras must be a list, got {str(loras)!r}; put it in brackets")
+        _require_list(loras)
         folder = self.files.loras_dir
         return tuple(LoraChoice.parse(item, folder, default_strength) for item in loras)
 
@@ -796,6 +796,11 @@ def _stages_from_image(
     enters = [number for number, stage in enumerate(stages) if stage.denoise <= strength]
     start = enters[0] if enters else len(stages) - 1
     return [replace(stages[start], denoise=strength), *stages[start + 1 :]]
+
+
+def _require_list(loras: Sequence[Any]) -> None:
+    if isinstance(loras, str | Path):  # a string would be taken letter by letter
+        raise LoraError(f"loras must be a list, got {str(loras)!r}; put it in brackets")
 
 
 def _check_texts(**texts: str) -> None:

@@ -1131,6 +1131,12 @@ def test_without_a_model_the_built_in_one_is_used(
         ({"vae": "absent"}, CheckpointError, "absent: no such file for vae"),
         ({"plan": "absent.yaml"}, PlanError, "absent.yaml"),
         ({"loras": [("absent", "strong")]}, LoraError, "strength must be a finite number"),
+        (
+            {"loras": "style", "path": "absent"},
+            LoraError,
+            r"must be a list, got 'style'; put it in",
+        ),
+        ({"loras": Path("style"), "path": "absent"}, LoraError, "must be a list, got 'style'"),
     ],
 )
 def test_what_cannot_be_loaded_is_one_line(
