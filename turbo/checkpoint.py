@@ -393,6 +393,11 @@ def _readable(header: Header, key: str) -> TensorEntry:
             f"{header.path}: {shorten(key)} has dtype {entry.dtype}, which is not read; allowed "
             f"are {', '.join(_READABLE_DTYPES)}"
         )
+    if 0 in entry.shape:
+        raise CheckpointError(
+            f"{header.path}: {shorten(key)} of shape {list(entry.shape)} has no values; the file "
+            "is damaged, get it again"
+        )
     return entry
 
 

@@ -9,6 +9,8 @@ import torch
 
 from turbo.autoencoder import Autoencoder, AutoencoderConfig
 from turbo.checkpoint import Checkpoint, check_fit
+from turbo.errors import CheckpointError
+from turbo.header import one_line
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.precision import arithmetic_dtype
 from turbo.text_encoder import TextEncoder, TextEncoderConfig
@@ -60,7 +62,12 @@ class Components:
         Raises:
             CheckpointError: Tensors are missing, left over or of another shape.
         """
-        outline = cls.build(checkpoints, "meta", dtypes)
+        try:
+            outline = cls.build(checkpoints, "meta", dtypes)
+        except RuntimeError as error:  # nothing is allocated, so it is a size beyond 64 bits
+            raise CheckpointError(
+                f"the model's files hold shapes that no module can have: {one_line(error)}"
+            ) from error
         for component, module in outline.by_name().items():
             check_fit(module, checkpoints[component])
         return outline

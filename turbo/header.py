@@ -7,6 +7,7 @@ What a file is gets judged by its first bytes, never by its suffix: a pickle nam
 from __future__ import annotations
 
 import json
+import math
 import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,10 @@ from safetensors import SafetensorError, safe_open
 
 from turbo.errors import CheckpointError
 
+# What PyTorch can represent; only tensors without or with few values reach these.
 _LARGEST_DIMENSION = 1 << 32
+_MOST_VALUES = 1 << 56
+_MOST_DIMENSIONS = 64
 _NAMES_SHOWN = 3
 
 
@@ -135,9 +139,19 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, fields: Mapping[str, Any]) -> TensorEntry:
     shape = tuple(fields["shape"])
-    if any(size > _LARGEST_DIMENSION for size in shape):  # zero-sized tensors can claim anything
-        raise CheckpointError(f"{path}: {shorten(name)} has an impossible shape {list(shape)}")
+    if not _is_possible(shape):
+        given = shorten(str(list(shape)))
+        raise CheckpointError(f"{path}: {shorten(name)} has an impossible shape {given}")
     return TensorEntry(fields["dtype"], shape, fields["data_offsets"][0])
+
+
+def _is_possible(shape: Sequence[int]) -> bool:
+    """Whether a tensor can have this shape; one without values can claim anything in a file."""
+    return (
+        len(shape) <= _MOST_DIMENSIONS
+        and all(size <= _LARGEST_DIMENSION for size in shape)
+        and math.prod(max(size, 1) for size in shape) <= _MOST_VALUES  # strides pass over zeros
+    )
 
 
 def some_names(names: Sequence[str]) -> str:

@@ -329,6 +329,13 @@ def test_integer_weights_are_refused(tmp_path: Path):
         open_file(NETWORK, write(tmp_path / "q.safetensors", tensors))
 
 
+def test_a_weight_without_values_is_refused(tmp_path: Path):
+    tensors = small_network() | {"cap_pad_token": torch.ones(0, 8)}
+    path = write(tmp_path / "empty.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=r"cap_pad_token of shape \[0, 8\] has no values"):
+        open_file(NETWORK, path)
+
+
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"gone\.safetensors: no such file"):
         open_file(NETWORK, tmp_path / "gone.safetensors")
@@ -594,6 +601,11 @@ def test_any_shape_and_dtype_never_raise_anything_else(shape, dtype: str, tmp_pa
         b'{"a":' * 100_000,
         b"[]",
         b'{"x_pad_token": {"dtype": "F32", "shape": [0, 99999999999], "data_offsets": [0, 0]}}',
+        b'{"x_pad_token": {"dtype": "F32", "shape": [0, 4294967296, 4294967296], '
+        b'"data_offsets": [0, 0]}}',
+        b'{"x_pad_token": {"dtype": "F32", "shape": ['
+        + b"0, " * 64
+        + b'0], "data_offsets": [0, 0]}}',
         b'{"\xff": 1}',
     ],
 )

@@ -45,6 +45,15 @@ def test_an_outline_is_refused_for_files_that_do_not_fit(
         Components.outline(checkpoints, dtypes)
 
 
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_sizes_beyond_64_bits_are_refused(checkpoints: Mapping[str, Checkpoint], component: str):
+    shapes = checkpoints[component].shapes
+    shapes.update({name: (2**32,) * len(shape) for name, shape in shapes.items()})
+    with pytest.raises(CheckpointError, match="shapes that no module can have: Storage size") as e:
+        Components.outline(checkpoints, component_dtypes(torch.float32))
+    assert "\n" not in str(e.value)
+
+
 def test_only_the_autoencoder_does_not_work_in_float16():
     assert list(component_dtypes(torch.bfloat16).values()) == [torch.bfloat16] * 3
     assert component_dtypes(torch.float16)["autoencoder"] == torch.float32

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pickle
+import struct
 
 import pytest
 import torch
@@ -608,6 +609,19 @@ def test_files_are_judged_by_their_content(case, tmp_path):
     path.write_bytes(content)
     with pytest.raises(LoraError, match=message) as caught:
         read_lora(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shapes_only", [False, True])
+@pytest.mark.parametrize("shape", [[0, 2**32, 2**32], [2**32, 0, 2**25], [1] * 65])
+def test_a_shape_that_no_tensor_can_have_is_refused(shape, shapes_only, tmp_path):
+    size = 4 * math.prod(shape)
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
+    header = json.dumps({"layers.0.attention.out.lora_A.weight": entry}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+    with pytest.raises(LoraError, match=r"lora_A\.weight has an impossible shape \[") as caught:
+        read_lora(path, shapes_only=shapes_only)
     assert "\n" not in str(caught.value)
 
 
