@@ -332,14 +332,18 @@ def _dry_run(
     outputs: Outputs,
 ) -> None:
     """Print the plan, files and memory need; standard output is YAML with comments, or JSON."""
+    from turbo.components import Components
+    from turbo.fusing import LoraChoice, LoraFuser
     from turbo.memory import count_memory, weight_dtypes
-    from turbo.model_files import resolve_lora
 
     files = paths.find()
-    found = [(str(resolve_lora(name, files.loras_dir)), strength) for name, strength in loras]
-    need = count_memory(
-        files.open(), plan, weight_dtypes(plan.model.torch_dtype, plan.model.device)
-    )
+    choices = [LoraChoice.parse(item, files.loras_dir, item[1]) for item in loras]
+    found = [(str(choice.path), choice.strength) for choice in choices]
+    checkpoints = files.open()
+    dtypes = weight_dtypes(plan.model.torch_dtype, plan.model.device)
+    need = count_memory(checkpoints, plan, dtypes)
+    fuser = LoraFuser(Components.outline(checkpoints, dtypes).by_name(), checkpoints)
+    fuser.check(choices, strict=not args.no_strict_lora)
     names = [_dry_name(args, outputs, number) for number in range(1, args.n + 1)]
     if args.json:
         weights, activations = need.weights, need.activations

@@ -15,10 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.conftest import REPOSITORY
 from turbo import __version__, commands
+from turbo.checkpoint import Checkpoint
 from turbo.cli import main
 from turbo.commands import parse_lora
 from turbo.errors import BadInputError, NonFiniteLatentError
@@ -654,6 +657,23 @@ def test_a_dry_run_prints_plan_and_memory_and_makes_nothing(
     memory = told["memory_bytes"]
     assert memory["total"] > sum(memory["weights"].values())
     assert told["files"] == ["turbo-42.png"]
+
+
+def test_a_dry_run_matches_loras_with_the_model_and_reads_no_weight(
+    small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    good = {"diffusion_model.layers.0.attention.out.diff": torch.ones(192, 192)}
+    strange = {"diffusion_model.layers.77.attention.out.diff": torch.ones(192, 192)}
+    save_file(good, "good.safetensors")
+    save_file(strange, "foreign.safetensors")
+    save_file(good | strange, "partial.safetensors")
+    monkeypatch.setattr(Checkpoint, "copy_into", lambda *_: pytest.fail("a weight was read"))
+    dry = [*small, "--dry-run", "--lora"]
+    assert main([*dry, "good.safetensors:0.5"]) == 0
+    assert "# LoRA: good.safetensors at 0.5" in capsys.readouterr().out
+    assert "0 of 1 tensors used" in refused(capsys, *dry, "foreign.safetensors")
+    assert "1 of 2 tensors used" in refused(capsys, *dry, "partial.safetensors")
+    assert main([*dry, "partial.safetensors", "--no-strict-lora"]) == 0
 
 
 @pytest.mark.parametrize("flag", ["--model", "--vae", "--lora", "--tokenizer"])
