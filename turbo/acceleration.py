@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -426,15 +425,6 @@ def check_buckets(buckets: Sequence[int]) -> tuple[int, ...]:
                 f"{MOST_CAPTURED_TOKENS} tokens, got {bucket!r}"
             )
     return tuple(dict.fromkeys(buckets))
-
-
-def default_cache_dir() -> Path:
-    """Where compiled code is kept: TURBO_CACHE, or `turbo` in the user's cache folder."""
-    given = os.environ.get("TURBO_CACHE")
-    if given:
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "turbo"
 
 
 def open_cache(

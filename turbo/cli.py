@@ -111,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_info(commands)
     _add_plan(commands)
+    _add_cache(commands)
     return parser
 
 
@@ -151,6 +152,24 @@ def _add_plan(commands: Any) -> None:
     parser = _add_command(commands, "plan", "print the resolved plan as YAML")
     _add_plan_options(parser)
     parser.add_argument("-o", "--output", metavar="FILE.yaml", help="write it to a new file")
+
+
+def _add_cache(commands: Any) -> None:
+    parser = _add_command(commands, "cache", "list or remove compiled code kept on disk")
+    parser.add_argument(
+        "action", metavar="list|clear", choices=("list", "clear"), help="list it, or remove it all"
+    )
+    _add_cache_dir(parser)
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+def _add_cache_dir(parser: Any) -> None:
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        type=_folder,
+        help="where compiled code is kept; default: TURBO_CACHE, or turbo in the user's caches",
+    )
 
 
 def _add_command(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
@@ -230,6 +249,12 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
 def _text(text: str) -> str:
     if any("\ud800" <= c <= "\udfff" for c in text):  # how Python hands on broken bytes
         raise argparse.ArgumentTypeError("is not valid UTF-8 text")
+    return text
+
+
+def _folder(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder, got ''")
     return text
 
 

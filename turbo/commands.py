@@ -1,4 +1,4 @@
-"""What the commands ``generate``, ``info`` and ``plan`` do, in the order in which they check:
+"""What each command does, in the order in which it checks:
 
 flags, plan, output names and folder, input picture; then PyTorch is imported and the model loaded.
 """
@@ -12,12 +12,13 @@ import re
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from turbo.errors import BadInputError
+from turbo.errors import BadInputError, FailureError
+from turbo.messages import one_line, reason
 from turbo.outputs import Outputs, Saved
 from turbo.plan import DEFAULT_PLAN, SEED_LIMIT, Plan, dump_plan, load_plan, plan_to_dict
 from turbo.whole_file import require_writable_folder, write_whole
@@ -25,6 +26,7 @@ from turbo.whole_file import require_writable_folder, write_whole
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from turbo.compile import CacheEntry
     from turbo.engine import Engine, Result
     from turbo.memory import MemoryNeed
     from turbo.model_files import ModelFiles
@@ -181,6 +183,98 @@ def _model_lines(model: dict[str, Any] | None) -> Iterator[str]:
             yield f"  {component}: {', '.join(part['files'])} ({_size(part['file_bytes'])})"
         yield f"  tokenizer: {model['tokenizer'] or 'not found'}"
         yield f"  loras: {', '.join(model['loras']) or 'none'}"
+
+
+# turbo cache; PyTorch is not imported
+
+
+def cache(args: Namespace) -> None:
+    """``turbo cache list|clear``: what compiled code is kept, or that it was removed."""
+    from turbo.cache_folder import default_cache_dir
+    from turbo.compile import CacheError
+
+    folder = default_cache_dir() if args.cache_dir is None else Path(_expand(args.cache_dir) or "")
+    is_there = _is_listable(folder)
+    try:
+        (_list_cache if args.action == "list" else _clear_cache)(folder, is_there, args.json)
+    except CacheError as error:
+        raise FailureError(str(error)) from error
+
+
+def _is_listable(folder: Path) -> bool:
+    """Whether the folder exists."""
+    try:
+        os.scandir(folder).close()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise BadInputError(
+            f"cannot list the cache folder {str(folder)!r}: {reason(error)}; give another "
+            "--cache-dir"
+        ) from None
+    return True
+
+
+def _list_cache(folder: Path, is_there: bool, as_json: bool) -> None:
+    from turbo.compile import list_entries
+
+    entries = list_entries(folder)
+    total = sum(entry.bytes for entry in entries)
+    if as_json:
+        listed = [{**asdict(entry), "path": str(entry.path)} for entry in entries]
+        _print_json({"folder": str(folder), "entries": listed, "bytes": total}, indent=2)
+        return
+    print(one_line(f"folder: {folder}", limit=None))
+    for entry in entries:
+        print(one_line(_entry_line(entry), limit=None))
+        if entry.problem:
+            print(f"  not used: {one_line(entry.problem, limit=None)}")
+    print(_cache_total(len(entries), total) if entries else _nothing_kept(is_there))
+
+
+def _clear_cache(folder: Path, is_there: bool, as_json: bool) -> None:
+    from turbo.compile import clear
+
+    count, total = clear(folder)
+    if as_json:
+        _print_json({"folder": str(folder), "entries": count, "bytes": total}, indent=2)
+        return
+    print(one_line(f"folder: {folder}", limit=None))
+    print(f"removed {_cache_total(count, total)}" if count else _nothing_kept(is_there))
+
+
+def _cache_total(count: int, total: int) -> str:
+    return f"{count} {'entry' if count == 1 else 'entries'}, {_size(total)}"
+
+
+def _nothing_kept(is_there: bool) -> str:
+    return "no compiled code is kept here" if is_there else "the folder does not exist yet"
+
+
+def _entry_line(entry: CacheEntry) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.modified))
+    made_for = ", ".join(_compiled_for(entry.facts))
+    return f"{entry.path.name}: {_size(entry.bytes)}, {when}" + f", for {made_for}" * bool(made_for)
+
+
+def _compiled_for(facts: Mapping[str, Any]) -> Iterator[str]:
+    """The facts that tell entries apart; any of them may be absent or of another kind."""
+    caller = facts.get("caller")
+    told = caller if isinstance(caller, dict) else {}
+    if "torch" in facts:
+        yield f"torch {facts['torch']}"
+    if "device" in facts:
+        yield str(facts["device"])
+    if dtypes := _list_of(told, "dtypes"):
+        yield "/".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    if stages := _list_of(told, "stages"):  # each is height and width; shown as sizes usually are
+        sizes = ("x".join(map(str, size[::-1])) for size in stages if isinstance(size, list))
+        yield f"stages {' '.join(sizes)}"
+
+
+def _list_of(facts: Mapping[str, Any], name: str) -> list[Any]:
+    value = facts.get(name)
+    return value if isinstance(value, list) else []
 
 
 # turbo generate

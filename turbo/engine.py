@@ -28,9 +28,9 @@ from turbo.acceleration import (
     Counters,
     SpeedUps,
     check_buckets,
-    default_cache_dir,
     open_cache,
 )
+from turbo.cache_folder import default_cache_dir
 from turbo.checkpoint import load_weights
 from turbo.compile import CaptureReport
 from turbo.components import Components, component_dtypes

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from turbo._version import __version__
+from turbo.cache_folder import default_cache_dir, user_cache
 from turbo.errors import CheckpointError
-from turbo.model_files import ModelFiles, find_model_files, hub_cache, user_cache
+from turbo.model_files import ModelFiles, find_model_files, hub_cache
 
 PACKAGES = (
     "torch",
@@ -64,7 +65,11 @@ def collect_info(
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": _devices(),
-        "caches": {"turbo": str(user_cache() / "turbo"), "hugging_face": str(hub_cache())},
+        "caches": {
+            "turbo": str(user_cache() / "turbo"),
+            "compiled_code": str(default_cache_dir()),
+            "hugging_face": str(hub_cache()),
+        },
         "model": _model(model, given) if is_given else None,
     }
 

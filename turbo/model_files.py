@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from os.path import isdir, isfile  # false, not an error, for what cannot be a path
 from pathlib import Path
 
+from turbo.cache_folder import user_cache
 from turbo.checkpoint import Checkpoint, open_checkpoint
 from turbo.errors import CheckpointError, LoraError, TokenizerNotFoundError
 from turbo.header import read_header
@@ -182,12 +183,6 @@ def resolve_lora(name_or_path: Path | str, loras_dir: Path | None) -> Path:
         raise LoraError(f"{wanted}: several LoRAs have this name: {_list(hits)}; give its folder")
     close = difflib.get_close_matches(wanted, files, n=3, cutoff=0.4) or sorted(files)
     raise LoraError(f"{wanted}: no such LoRA in {loras_dir}; there is {_list(close) or 'none'}")
-
-
-def user_cache() -> Path:
-    """The folder of the user's caches; relative if the user has no home."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return given if given.is_absolute() else _expand("~") / ".cache"
 
 
 def hub_cache() -> Path:

@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from turbo.cache_folder import user_cache
 from turbo.errors import BadInputError, SaveError
-from turbo.model_files import user_cache
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER, diffusers_names, is_plain_matrix
 
 LAYOUTS = ("comfyui", "diffusers")

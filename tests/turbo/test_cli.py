@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from turbo.compile.cache import pack, write_entry
 
 from tests.conftest import REPOSITORY
 from turbo import __version__, commands
@@ -81,6 +82,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.delenv("TURBO_MODEL", raising=False)
+    monkeypatch.delenv("TURBO_CACHE", raising=False)
     return here
 
 
@@ -132,7 +134,7 @@ def test_help_imports_nothing_heavy():
     assert python("-c", code).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("arguments", ["--help", "generate -h", "info -h", "plan -h"])
+@pytest.mark.parametrize("arguments", ["--help", "generate -h", "info -h", "plan -h", "cache -h"])
 def test_every_command_has_help(arguments: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as end:
         main(arguments.split())
@@ -422,6 +424,9 @@ def test_pictures_that_are_done_stay_when_a_later_one_fails(
             ["generate", "x", "-o", "no/a.png"],
             "the output folder 'no' does not exist; make it first",
         ),
+        (["cache"], "the following arguments are required: list|clear"),
+        (["cache", "show"], "argument list|clear: invalid choice: 'show'"),
+        (["cache", "list", "--cache-dir", ""], "--cache-dir: must name a folder, got ''"),
         (["generate", "x", "--lora", "a:nan"], "a LoRA's strength must be a finite number"),
     ],
 )
@@ -569,6 +574,114 @@ def test_info_tells_versions_and_names_a_missing_model(capsys: pytest.CaptureFix
     out, err = capsys.readouterr()
     assert json.loads(out)["model"]["problem"]
     assert err == "turbo: nowhere: no such file or folder\n"
+
+
+# turbo cache
+
+FACTS = {
+    "torch": "2.13.0",
+    "device": "cpu",
+    "caller": {
+        "dtypes": ["torch.bfloat16"] * 2 + ["torch.float32"],
+        "stages": [[64, 48], [96, 64]],
+    },
+}
+
+
+@pytest.fixture
+def compiled(folder: Path) -> Path:
+    """A cache folder with one entry that is whole, one of other facts and one that is damaged."""
+    kept = folder / "kept"
+    write_entry(kept / "a.compiled", pack(FACTS, {"kernel.so": bytes(2000)}))
+    write_entry(kept / "b.compiled", pack({"caller": [], "torch": "1\n2"}, {}))
+    write_entry(kept / "c.compiled", b"damaged")
+    for age, name in enumerate("abc"):
+        os.utime(kept / f"{name}.compiled", (1e9 - age, 1e9 - age))
+    (kept / "built-in model").touch()
+    return kept
+
+
+def test_the_cache_is_listed_with_what_each_entry_is_for(
+    compiled: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["cache", "list", "--cache-dir", "kept"]) == 0
+    out, err = capsys.readouterr()
+    first, *lines = out.splitlines()
+    assert (first, err) == ("folder: kept", "")
+    assert re.fullmatch(
+        r"a\.compiled: 2\.\d+ KiB, 2001-09-\d\d \d\d:\d\d, for torch 2\.13\.0, cpu, "
+        r"bfloat16/float32, stages 48x64 64x96",
+        lines[0],
+    )
+    assert re.fullmatch(r"b\.compiled: \d+ bytes, 2001-09-[\d :-]+, for torch 1 2", lines[1])
+    assert re.fullmatch(r"c\.compiled: 7 bytes, 2001-09-[\d :-]+", lines[2])
+    assert lines[3] == "  not used: it is of another format"
+    assert re.fullmatch(r"3 entries, [\d.]+ KiB", lines[4])
+
+
+def test_the_cache_is_listed_as_json(compiled: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["cache", "list", "--cache-dir", str(compiled), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["folder"] == str(compiled)
+    assert told["bytes"] == sum(entry["bytes"] for entry in told["entries"])
+    first, _, last = told["entries"]
+    assert first == {
+        "path": str(compiled / "a.compiled"),
+        "bytes": (compiled / "a.compiled").stat().st_size,
+        "modified": 1e9,
+        "facts": FACTS,
+        "files": 1,
+        "problem": None,
+    }
+    assert last["problem"] == "it is of another format"
+
+
+def test_clearing_the_cache_removes_compiled_code_alone(
+    compiled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("TURBO_CACHE", str(compiled))
+    assert main(["cache", "clear"]) == 0
+    out = capsys.readouterr().out
+    assert re.fullmatch(rf"folder: {compiled}\nremoved 3 entries, [\d.]+ KiB\n", out)
+    assert os.listdir(compiled) == ["built-in model"]
+    for action in ("list", "clear"):
+        assert main(["cache", action]) == 0
+        assert capsys.readouterr().out == f"folder: {compiled}\nno compiled code is kept here\n"
+    assert main(["cache", "clear", "--json"]) == 0
+    told = {"folder": str(compiled), "entries": 0, "bytes": 0}
+    assert json.loads(capsys.readouterr().out) == told
+
+
+def test_a_cache_folder_may_be_missing_but_no_file(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    for action in ("list", "clear"):
+        assert main(["cache", action, "--cache-dir", "none"]) == 0
+        assert capsys.readouterr().out == "folder: none\nthe folder does not exist yet\n"
+    Path("file").touch()
+    message = refused(capsys, "cache", "clear", "--cache-dir", "file")
+    assert "cannot list the cache folder 'file': Not a directory; give another" in message
+    assert os.listdir(folder) == ["file"]
+
+
+def test_an_entry_that_cannot_be_removed_is_a_failure(
+    compiled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    message = refused(capsys, "cache", "clear", "--cache-dir", "kept", code=1)
+    assert "cannot clear the cache folder kept: " in message
+
+
+def test_listing_the_cache_does_not_import_torch(compiled: Path):
+    code = (
+        "import sys; from turbo.cli import main\n"
+        "code = main(['cache', 'list', '--cache-dir', 'kept'])\n"
+        "print(code, {'torch', 'numpy', 'PIL'} & set(sys.modules))"
+    )
+    assert python("-c", code).stdout.endswith("\n0 set()\n")
 
 
 # With the real engine and the built-in model.

@@ -53,14 +53,18 @@ def test_the_caches_follow_the_environment(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TURBO_CACHE", str(tmp_path / "compiled"))
     assert collect_info()["caches"] == {
         "turbo": str(tmp_path / "cache" / "turbo"),
+        "compiled_code": str(tmp_path / "compiled"),
         "hugging_face": str(tmp_path / "hf" / "hub"),
     }
     monkeypatch.delenv("HF_HOME")
+    monkeypatch.delenv("TURBO_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "relative, which the standard says to ignore")
     assert collect_info()["caches"] == {
         "turbo": str(tmp_path / ".cache" / "turbo"),
+        "compiled_code": str(tmp_path / ".cache" / "turbo"),
         "hugging_face": str(tmp_path / ".cache" / "huggingface" / "hub"),
     }
