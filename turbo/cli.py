@@ -22,6 +22,8 @@ from turbo.messages import one_line
 SEEDS = 2**64
 IMAGES_LIMIT = 1000
 STEPS_LIMIT = 1000
+SWITCH = ("auto", "on", "off")
+CAPTURES = ("auto", "cuda-graph", "replay", "eager")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,6 +141,7 @@ def _add_generate(commands: Any) -> None:
     _add_plan_options(parser)
     _add_model_options(parser)
     _add_lora_options(parser)
+    _add_speed_options(parser)
     _add_output_options(parser)
 
 
@@ -222,6 +225,27 @@ def _add_lora_options(parser: argparse.ArgumentParser) -> None:
         "--no-strict-lora",
         action="store_true",
         help="accept a LoRA of which a part does not fit the model",
+    )
+
+
+def _add_speed_options(parser: argparse.ArgumentParser) -> None:
+    speed = parser.add_argument_group("speed")
+    _add_choice(speed, "--compile", SWITCH, "compile the model's parts; auto: on a GPU")
+    _add_choice(
+        speed, "--capture", CAPTURES, "how parts are captured and replayed; auto: graphs on a GPU"
+    )
+    _add_choice(speed, "--kernels", SWITCH, "fused Triton kernels; auto: on a GPU")
+    cache = speed.add_mutually_exclusive_group()
+    _add_cache_dir(cache)
+    cache.add_argument("--no-cache", action="store_true", help="keep no compiled code on disk")
+    speed.add_argument(
+        "--strict-speed", action="store_true", help="fail where something cannot be made fast"
+    )
+
+
+def _add_choice(parser: Any, name: str, choices: Sequence[str], text: str) -> None:
+    parser.add_argument(
+        name, metavar="|".join(choices), choices=choices, default=choices[0], help=text
     )
 
 

@@ -303,6 +303,9 @@ def generate(args: Namespace) -> None:
             dtype=plan.model.torch_dtype,
             plan=plan,
             strict_loras=not args.no_strict_lora,
+            **_speed_ups(args),
+            cache_dir=_cache_dir(args),
+            strict_speed=args.strict_speed,
             on_progress=progress,
         )
         seed = args.seed
@@ -328,6 +331,19 @@ def generate(args: Namespace) -> None:
 
 def _precision(plan: Plan) -> dict[str, str]:
     return {"torch_dtype": plan.model.torch_dtype, "device": plan.model.device}
+
+
+def _speed_ups(args: Namespace) -> dict[str, Any]:
+    switch = {"auto": "auto", "on": True, "off": False}
+    return {
+        "compile": switch[args.compile],
+        "capture": args.capture,
+        "kernels": switch[args.kernels],
+    }
+
+
+def _cache_dir(args: Namespace) -> str | None:
+    return None if args.no_cache else _expand(args.cache_dir) or "auto"
 
 
 def load_engine(path: str | None, **options: Any) -> Engine:
@@ -426,10 +442,14 @@ def _dry_run(
     outputs: Outputs,
 ) -> None:
     """Print the plan, files and memory need; standard output is YAML with comments, or JSON."""
+    from turbo.acceleration import SpeedUps
     from turbo.components import Components
+    from turbo.engine import pick_device
     from turbo.fusing import LoraChoice, LoraFuser
     from turbo.memory import count_memory, weight_dtypes
 
+    device, offload = pick_device(plan.model.device), plan.performance.enable_model_cpu_offload
+    SpeedUps.choose(device, **_speed_ups(args), strict=args.strict_speed, offload=offload)
     files = paths.find()
     choices = [LoraChoice.parse(item, files.loras_dir, item[1]) for item in loras]
     found = [(str(choice.path), choice.strength) for choice in choices]

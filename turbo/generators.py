@@ -55,6 +55,11 @@ class NativeImageGenerator:
         tokenizer_path: The tokenizer's folder or file, if not found through `model_path`.
         plan: The stages; a `Plan` or a plan file. None is the three-stage workflow.
         strict_loras: Refuse a LoRA of which a part fits nothing; one of which all does always is.
+        compile: As `Engine.from_pretrained` has it; so are the others, checked by `load`.
+        capture: How parts are captured and replayed.
+        kernels: Whether fused Triton kernels run.
+        cache_dir: Where compiled code is kept; None keeps none.
+        strict_speed: Raise where something cannot be made fast.
 
     Raises:
         CheckpointError: A path does not exist.
@@ -72,6 +77,11 @@ class NativeImageGenerator:
         tokenizer_path: StrPath | None = None,
         plan: Plan | StrPath | None = None,
         strict_loras: bool = True,
+        compile: bool | str = "auto",
+        capture: str = "auto",
+        kernels: bool | str = "auto",
+        cache_dir: StrPath | None = "auto",
+        strict_speed: bool = False,
     ) -> None:
         self.plan = _as_plan(plan)
         self.model_path = _existing("model_path", model_path)
@@ -81,6 +91,13 @@ class NativeImageGenerator:
         self.device = device
         self.torch_dtype = torch_dtype
         self.strict_loras = strict_loras
+        self._speed: dict[str, Any] = {
+            "compile": compile,
+            "capture": capture,
+            "kernels": kernels,
+            "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
+            "strict_speed": strict_speed,
+        }
         self.last_seed: int | None = None
         """Seed of the last picture: the one given, or the one drawn."""
         self._engine: Engine | None = None
@@ -100,6 +117,7 @@ class NativeImageGenerator:
                     device=self.device,
                     dtype=self.torch_dtype,
                     plan=self.plan,
+                    **self._speed,
                 )
         return self._engine
 

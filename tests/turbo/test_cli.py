@@ -18,12 +18,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from turbo.compile import BACKENDS
 from turbo.compile.cache import pack, write_entry
 
 from tests.conftest import REPOSITORY
 from turbo import __version__, commands
 from turbo.checkpoint import Checkpoint
-from turbo.cli import main
+from turbo.cli import CAPTURES, main
 from turbo.commands import parse_lora
 from turbo.errors import BadInputError, NonFiniteLatentError
 from turbo.image_file import read_metadata
@@ -188,7 +189,8 @@ def test_all_flags_reach_the_engine(engine: FakeEngine, folder: Path):
         *("--model", "m", "--diffusion-model", "d", "--text-encoder", "t", "--vae", "v"),
         *("--tokenizer", "k", "--device", "cpu", "--dtype", "torch.float16", "--no-strict-lora"),
         *("--lora", "a.safetensors:0.5", "--lora", "b", "--image", "start.png"),
-        *("--strength", "0.4", "--save-stages", "-o", "out.png"),
+        *("--strength", "0.4", "--save-stages", "-o", "out.png", "--compile", "on"),
+        *("--capture", "replay", "--kernels", "off", "--cache-dir", "c", "--strict-speed"),
     ]
     assert main(arguments) == 0
     engine.loaded.pop("on_progress")
@@ -204,6 +206,11 @@ def test_all_flags_reach_the_engine(engine: FakeEngine, folder: Path):
         "dtype": "float16",
         "plan": plan,
         "strict_loras": False,
+        "compile": True,
+        "capture": "replay",
+        "kernels": False,
+        "cache_dir": "c",
+        "strict_speed": True,
     }
     request = engine.requests[0]
     texts = (request["negative_prompt"], request["trigger_word"])
@@ -212,6 +219,24 @@ def test_all_flags_reach_the_engine(engine: FakeEngine, folder: Path):
     assert (request["image"].mode, request["image"].size) == ("RGB", (20, 10))
     names = ["out-stage1.png", "out-stage2.png", "out.png", "start.png"]
     assert sorted(os.listdir(folder)) == names
+
+
+def test_compiled_code_is_kept_where_the_flags_say(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    seen = []
+    for flags in ([], ["--no-cache"], ["--cache-dir", "~/c"]):
+        assert main(["generate", "x", *flags]) == 0
+        seen.append(engine.loaded["cache_dir"])
+    assert seen == ["auto", None, "/home/somebody/c"]
+
+
+def test_speed_is_chosen_by_the_engine_unless_told(engine: FakeEngine):
+    assert main(["generate", "x"]) == 0
+    names = ("compile", "capture", "kernels", "strict_speed")
+    assert [engine.loaded[name] for name in names] == ["auto", "auto", "auto", False]
+    assert ("auto", *BACKENDS) == CAPTURES
 
 
 def test_a_model_is_named_by_flag_then_plan_then_environment(
@@ -427,6 +452,11 @@ def test_pictures_that_are_done_stay_when_a_later_one_fails(
         (["cache"], "the following arguments are required: list|clear"),
         (["cache", "show"], "argument list|clear: invalid choice: 'show'"),
         (["cache", "list", "--cache-dir", ""], "--cache-dir: must name a folder, got ''"),
+        (["generate", "x", "--compile", "yes"], "argument --compile: invalid choice: 'yes'"),
+        (["generate", "x", "--capture", "graph"], "argument --capture: invalid choice: 'graph'"),
+        (["generate", "x", "--kernels", ""], "argument --kernels: invalid choice: ''"),
+        (["generate", "x", "--cache-dir", ""], "--cache-dir: must name a folder, got ''"),
+        (["generate", "x", "--cache-dir", "c", "--no-cache"], "--no-cache: not allowed with"),
         (["generate", "x", "--lora", "a:nan"], "a LoRA's strength must be a finite number"),
     ],
 )
@@ -770,6 +800,21 @@ def test_a_dry_run_prints_plan_and_memory_and_makes_nothing(
     memory = told["memory_bytes"]
     assert memory["total"] > sum(memory["weights"].values())
     assert told["files"] == ["turbo-42.png"]
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_speed_that_a_device_cannot_have_is_bad_input(
+    dry: list[str], small: list[str], capsys: pytest.CaptureFixture[str]
+):
+    options = ["--device", "cpu", "--capture", "cuda-graph", "--quiet", *dry]
+    assert "needs a CUDA device, the engine is on cpu; use" in refused(capsys, *small, *options)
+
+
+def test_captured_parts_make_the_same_picture(small: list[str]):
+    assert main([*small, "--device", "cpu", "-o", "a.png"]) == 0
+    speed = ["--capture", "replay", "--compile", "off", "--no-cache", "--strict-speed"]
+    assert main([*small, "--device", "cpu", *speed, "-o", "b.png"]) == 0
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
 
 
 def test_a_dry_run_matches_loras_with_the_model_and_reads_no_weight(

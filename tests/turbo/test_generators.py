@@ -82,6 +82,22 @@ def test_weights_are_loaded_by_the_first_picture_not_before(model):
     assert generator.load() is generator.load()
 
 
+def test_speed_options_reach_the_engine(model, tmp_path, monkeypatch):
+    given: dict[str, Any] = {
+        "compile": False,
+        "capture": "replay",
+        "kernels": False,
+        "cache_dir": str(tmp_path),
+        "strict_speed": True,
+    }
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(turbo.Engine, "from_pretrained", lambda path, **all: seen.update(all))
+    NativeImageGenerator(model, **{**given, "cache_dir": tmp_path}).load()
+    assert {name: seen[name] for name in given} == given
+    NativeImageGenerator(model, cache_dir=None).load()
+    assert (seen["cache_dir"], seen["compile"]) == (None, "auto")
+
+
 def test_steps_and_guidance_are_those_of_the_first_stage(generator):
     steps = []
     generator.generate(
