@@ -26,8 +26,9 @@ from torch import Tensor
 from turbo.compile import CompileCache
 
 from turbo import __version__
-from turbo.acceleration import Accelerator, SpeedUps, default_cache_dir
+from turbo.acceleration import Accelerator, SpeedUps
 from turbo.autoencoder import Autoencoder, AutoencoderConfig, to_pixels
+from turbo.cache_folder import default_cache_dir
 from turbo.latent import from_sampler, resize, start_latent, to_sampler
 from turbo.names import AUTOENCODER, NETWORK, diffusers_names, is_plain_matrix
 from turbo.pipeline import (
