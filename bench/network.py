@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ import torch
 from torch import Tensor
 from turbo.compile import CompileCache
 
+from bench.machine import describe_machine
 from turbo import __version__
 from turbo.acceleration import Accelerator, SpeedUps
 from turbo.autoencoder import Autoencoder, AutoencoderConfig, to_pixels
@@ -311,35 +308,6 @@ def _their_autoencoder(values: dict[str, Tensor], dtype: torch.dtype) -> Any:
         state[theirs] = values[name].flatten(1) if is_plain_matrix(name) else values[name]
     autoencoder.load_state_dict(state)
     return autoencoder.to(dtype).eval()
-
-
-def describe_machine() -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    import diffusers
-
-    return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit,
-        "turbo": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def main() -> None:
