@@ -286,13 +286,13 @@ def _middle(name: str, channels: int) -> Shapes:
 def _draw(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     key = zlib.crc32(name.encode())
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, key])))
-    mean, deviation = _distribution(name, shape)
+    mean, deviation = distribution(name, shape)
     normal = generator.standard_normal(shape, dtype=np.float32)
     values = np.float32(mean) + np.float32(deviation) * normal
     return torch.from_numpy(values).bfloat16().float()
 
 
-def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+def distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """Mean and standard deviation that keep the activations of a deep network near one."""
     module, _, kind = name.rpartition(".")
     if name.endswith("pad_token") or name == "model.embed_tokens.weight":

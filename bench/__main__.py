@@ -1,0 +1,29 @@
+"""``python -m bench COMMAND``: the measurements; ``python -m bench COMMAND --help`` says more."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+COMMANDS = {"device": "all GPU checks and measurements in one results file"}
+
+
+def main() -> int:
+    """Run the command that is named first."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in COMMANDS:
+        try:
+            code: int = import_module(f"bench.{name}").main(sys.argv[2:])
+        except KeyboardInterrupt:
+            print(
+                "stopped; a results file holds what was measured, marked partial", file=sys.stderr
+            )
+            return 130
+        return code
+    listed = "\n".join(f"  {known:10} {meaning}" for known, meaning in COMMANDS.items())
+    print(f"usage: python -m bench COMMAND ...\n\n{listed}")
+    return 0 if name in ("-h", "--help") else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
