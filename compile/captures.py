@@ -151,7 +151,8 @@ class Captures:
         """Capture many keys, the largest inputs first: smaller ones then fit into its memory.
 
         Args:
-            wanted: What to capture; keys that are there already are left alone.
+            wanted: What to capture; keys that are there already are left alone. Other keys make
+                room where there is none, the least recently used first.
             on_progress: Called with (key, done, total) before each capture.
 
         Raises:
@@ -159,9 +160,11 @@ class Captures:
             CaptureError: One of them failed; those captured before it stay.
         """
         ordered = sorted(wanted, key=lambda each: each.input_bytes, reverse=True)
-        keys = {each.key for each in ordered} | set(self)
+        keys = {each.key for each in ordered}
         if len(keys) > self.limit:
             raise InputError(f"{len(keys)} captures wanted, but limit is {self.limit}; raise it")
+        for key in reversed([each.key for each in ordered]):
+            self.get(key)  # the last to go now
         for done, each in enumerate(ordered):
             if on_progress:
                 on_progress(each.key, done, len(ordered))

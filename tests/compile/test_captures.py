@@ -95,6 +95,15 @@ def test_warming_up_more_than_is_kept_is_refused():
     assert captures.counters.captures == 0
 
 
+def test_warming_up_drops_what_nobody_wanted_first():
+    captures = Captures(backend="replay", limit=3)
+    for n in (1, 2, 3):
+        captures.call(n, torch.neg, ones(n))
+    captures.warm_up([Wanted(n, torch.neg, (ones(n),)) for n in (1, 4)])
+    assert set(captures) == {1, 3, 4}
+    assert (captures.counters.captures, captures.counters.evictions) == (4, 1)
+
+
 @pytest.mark.parametrize(
     "error",
     [
