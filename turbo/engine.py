@@ -52,6 +52,7 @@ from turbo.pipeline import (
     prepare_stage,
     refine,
     run_stages,
+    warm_cache,
 )
 from turbo.plan import (
     DEFAULT_PLAN,
@@ -362,6 +363,7 @@ class Engine:
                 with part(stage.name):
                     once = replace(stage, node="custom", scheduler="simple", steps=1, denoise=1.0)
                     step = prepare_stage(self.models.transformer, once)
+                    warm_cache(self.models, step)
                     for positive, negative in pairs:
                         drawing = Drawing(
                             positive=positive,

@@ -6,7 +6,7 @@ Functions over `Models`; `Engine` adds loading, LoRAs, caches and timing around 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from turbo import plan as plans
 from turbo.autoencoder import Autoencoder, to_pixels, to_uint8
-from turbo.denoiser import Caption, Denoiser, ModulationTable, Network, is_unguided
+from turbo.denoiser import POSITIVE, Caption, Denoiser, ModulationTable, Network, is_unguided
 from turbo.easycache import StepCache
 from turbo.errors import BadInputError
 from turbo.latent import SCALE, SHIFT, STRIDE, from_sampler, resize, start_latent, to_sampler
@@ -358,6 +358,21 @@ def make_cache(stage: plans.Stage, *, kernels: bool = False) -> StepCache | None
         percent_to_sigma(settings.end, stage.shift),
         kernels=kernels,
     )
+
+
+def warm_cache(models: Models, prepared: PreparedStage) -> None:
+    """Let a stage's step cache compare and read once, so that its kernels are compiled."""
+    stage = prepared.stage
+    if stage.easycache is None:
+        return
+    always = replace(stage, easycache=replace(stage.easycache, start=0.0, end=1.0))
+    cache = make_cache(always, kernels=models.kernels)
+    assert cache is not None
+    shape = (1, models.transformer.config.channels, *prepared.latent_size)
+    seen = torch.zeros(shape, device=models.device, dtype=models.dtype)
+    for _ in range(3):  # the first has nothing to compare with, the second no rate of change
+        cache.begin_evaluation()
+        cache.call(lambda: seen, seen, 0.5, (POSITIVE,))
 
 
 def decode(autoencoder: Autoencoder, latent: Tensor, **options: Any) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,7 @@ from turbo.plan import (
     plan_from_dict,
 )
 from turbo.sigmas import stage_sigmas
+from turbo.similarity import PlainSimilarity
 from turbo.testing import initialise, make_tiny_model, qwen3_shapes, zimage_shapes
 
 PLAN = Plan(
@@ -256,6 +257,21 @@ def test_every_kind_of_sampler_warms_up(engine: Engine, sampler: str):
     stage = replace(ONE_STEP.stages[0], sampler=sampler, steps=4, cfg=2.0)
     other = Engine(engine.models, engine.files, replace(PLAN, stages=(stage,)), engine._fuser)
     assert list(other.warmup().seconds) == ["load", "prompt", "only", "decode"]
+
+
+def test_warming_up_lets_the_step_cache_compare(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[int, ...]] = []
+    compare = PlainSimilarity.compare
+
+    def watch(self: PlainSimilarity, latent: Tensor, threshold: float) -> Tensor:
+        seen.append(tuple(latent.shape))
+        return compare(self, latent, threshold)
+
+    stage = replace(ONE_STEP.stages[0], easycache=EasyCache(threshold=0.2))
+    other = Engine(engine.models, engine.files, replace(PLAN, stages=(stage,)), engine._fuser)
+    monkeypatch.setattr(PlainSimilarity, "compare", watch)
+    other.warmup()
+    assert seen == [(1, 16, 4, 4)] * 2
 
 
 def test_earlier_requests_change_no_picture(engine: Engine, fresh: Engine, loras: Path):
