@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from turbo import pipeline
 from turbo._version import __version__
@@ -94,7 +94,7 @@ class SpeedUps:
         """
         on_cuda = device.type == "cuda"
         for name, value in (("compile", compile), ("kernels", kernels)):
-            if value not in (True, False, AUTO):
+            if not isinstance(value, bool) and value != AUTO:
                 raise BadInputError(f"{name} must be True, False or 'auto', got {value!r}")
         if capture not in (*BACKENDS, AUTO):
             raise BadInputError(
@@ -165,20 +165,29 @@ class Accelerator:
         models: Their weights are used in place, so LoRAs may be fused into them at any time.
         speed_ups: What to do.
         cache: Where compiled code is kept for the next process; None keeps none.
+        poison: Tests only: spoil results that the next call would overwrite; see `capture`.
     """
 
     def __init__(
-        self, models: Models, speed_ups: SpeedUps, cache: CompileCache | None = None
+        self,
+        models: Models,
+        speed_ups: SpeedUps,
+        cache: CompileCache | None = None,
+        *,
+        poison: bool = False,
     ) -> None:
         self.speed_ups = speed_ups
         self.cache = cache
-        self.built = 0
-        """Binaries that a compiler built because the cache did not hold them."""
-        self._models = models
+        # What is installed refers to this, so this may not refer back: a loop would keep the
+        # weights of an engine that nobody uses until the garbage collector runs.
+        self._models = replace(models)
+        self._built: set[str] = set()
+        self._saved_compilations = 0
         self._captures = Captures(
             backend=speed_ups.capture,
             limit=MOST_CAPTURES,
             strict=speed_ups.strict,
+            poison=poison,
             # Only CUDA needs the search for host reads, which costs a run.
             allow_host_reads=speed_ups.capture != "cuda-graph",
         )
@@ -186,12 +195,17 @@ class Accelerator:
         self._compiled: WeakValueDictionary[str, Compiled] = WeakValueDictionary()
         self._first_uses = self._uncaptured = 0
 
-    def install(self) -> None:
-        """Make the models' parts run through this."""
-        self._models.network = self.network
-        self._models.encode = self.encode
-        self._models.refine = self.refine
-        self._models.decode = self.decode
+    def install(self, models: Models) -> None:
+        """Make the parts of `models` run through this."""
+        models.network = self.network
+        models.encode = self.encode
+        models.refine = self.refine
+        models.decode = self.decode
+
+    @property
+    def built(self) -> int:
+        """Binaries that a compiler built because the cache did not hold them."""
+        return len(self._built)
 
     @property
     def counters(self) -> Counters:
@@ -215,7 +229,7 @@ class Accelerator:
             self._uncaptured += 1
             return cast(Tensor, self._models.transformer(latent, caption, modulation, rotary))
         wanted = self._network(latent.contiguous(), caption, modulation, rotary)
-        return cast(Tensor, self._run(wanted)(*wanted.inputs))
+        return cast(Tensor, self._run(wanted))
 
     def encode(self, ids: Tensor, rotary: Tensor) -> Tensor:
         """`TextEncoder.forward` without a mask."""
@@ -223,7 +237,7 @@ class Accelerator:
             self._uncaptured += 1
             return cast(Tensor, self._models.text_encoder(ids, rotary))
         wanted = self._encode(ids, rotary.contiguous())
-        return cast(Tensor, self._run(wanted).fresh(*wanted.inputs))
+        return cast(Tensor, self._run(wanted, fresh=True))
 
     def refine(self, features: Tensor, length: Tensor, rotary: Tensor) -> Tensor:
         """`Transformer.refine_padded`."""
@@ -231,18 +245,21 @@ class Accelerator:
             self._uncaptured += 1
             return self._models.transformer.refine_padded(features, length, rotary)
         wanted = self._refine(features, length, rotary)
-        return cast(Tensor, self._run(wanted).fresh(*wanted.inputs))
+        return cast(Tensor, self._run(wanted, fresh=True))
 
     def decode(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """`pipeline.decode`; the result is overwritten by the next call of this shape."""
         wanted = self._decode(latent.contiguous())
-        return cast("tuple[Tensor, Tensor]", self._run(wanted)(*wanted.inputs))
+        return cast("tuple[Tensor, Tensor]", self._run(wanted))
 
     def warm_up(
         self,
         stages: Sequence[PreparedStage],
         buckets: Sequence[int],
         on_progress: Callable[[str, int, int], None] | None = None,
+        *,
+        only: Sequence[nn.Module] | None = None,
+        decoder: bool = True,
     ) -> tuple[CaptureReport, ...]:
         """Compile and capture all parts for these stages and padded prompt lengths.
 
@@ -250,11 +267,30 @@ class Accelerator:
             stages: Of the plan; their latent sizes count.
             buckets: Multiples of 32.
             on_progress: Called with (role, done, total) before each.
+            only: The modules whose parts are meant, which must be on the device; None: all.
+            decoder: Whether the decoder is, which tiling does without.
 
         Returns:
             A line for each capture, with its time and memory.
+
+        Raises:
+            BadInputError: The buckets are not usable, or make more captures than are kept.
+            AccelerationError: A part could not be compiled or captured.
         """
-        wanted = list(self._usual(stages, check_buckets(buckets)))
+        models, buckets = self._models, check_buckets(buckets)
+        sizes = len({stage.latent_size for stage in stages})
+        count = (sizes + 2) * len(buckets) + decoder
+        if count > self._captures.limit:
+            raise BadInputError(
+                f"{len(buckets)} buckets at {sizes} picture sizes make {count} captures, at most "
+                f"{self._captures.limit} are kept; give fewer buckets"
+            )
+        parts: dict[nn.Module, Iterator[Wanted]] = {
+            models.transformer: self._usual_of_network(stages, buckets),
+            models.text_encoder: self._usual_of_encoder(buckets),
+            models.autoencoder: self._usual_of_decoder(stages[-1] if decoder else None),
+        }
+        wanted = [each for module in only or parts for each in parts[module]]
 
         def report(role: Hashable, done: int, total: int) -> None:
             if on_progress is not None:
@@ -268,16 +304,20 @@ class Accelerator:
 
     def save(self) -> None:
         """Keep what was compiled since for the next process."""
-        if self.cache is not None:
-            self.built += len(self.cache.report().new_binaries)
-            self.cache.save()
+        compilations = self._captures.counters.compilations
+        if self.cache is None or compilations == self._saved_compilations:
+            return  # looking through the folder would cost every request a while
+        self._saved_compilations = compilations
+        self._built.update(self.cache.report().new_binaries)
+        self.cache.save()
 
     # What each part needs to be captured.
 
-    def _usual(self, stages: Sequence[PreparedStage], buckets: Sequence[int]) -> Iterator[Wanted]:
+    def _usual_of_network(
+        self, stages: Sequence[PreparedStage], buckets: Sequence[int]
+    ) -> Iterator[Wanted]:
         models, device, dtype = self._models, self._models.device, self._models.dtype
         config = models.transformer.config
-        sizes = dict.fromkeys(stage.latent_size for stage in stages)
         for stage in {stage.latent_size: stage for stage in stages}.values():
             for bucket in buckets:
                 yield self._network(
@@ -286,18 +326,23 @@ class Accelerator:
                     stage.modulation.rows[0],
                     stage.rotary_for(models.transformer, bucket),
                 )
+        features = models.text_encoder.compute_dtype
         for bucket in buckets:
-            encoder = models.text_encoder
-            ids = torch.zeros(1, bucket, dtype=torch.int64, device=device)
-            yield self._encode(ids, encoder.rotary_table(bucket).contiguous())
             yield self._refine(
-                torch.zeros(
-                    1, bucket, config.caption_dim, device=device, dtype=encoder.compute_dtype
-                ),
+                torch.zeros(1, bucket, config.caption_dim, device=device, dtype=features),
                 torch.tensor(bucket, device=device),
                 models.transformer.rotary_table(0, 0, bucket),
             )
-        yield self._decode(torch.zeros(1, config.channels, *list(sizes)[-1], device=device))
+
+    def _usual_of_encoder(self, buckets: Sequence[int]) -> Iterator[Wanted]:
+        for bucket in buckets:
+            ids = torch.zeros(1, bucket, dtype=torch.int64, device=self._models.device)
+            yield self._encode(ids, self._models.text_encoder.rotary_table(bucket).contiguous())
+
+    def _usual_of_decoder(self, stage: PreparedStage | None) -> Iterator[Wanted]:
+        if stage is not None:
+            shape = (1, self._models.transformer.config.channels, *stage.latent_size)
+            yield self._decode(torch.zeros(shape, device=self._models.device))
 
     def _network(
         self, latent: Tensor, caption: Tensor, modulation: Tensor, rotary: Tensor
@@ -347,7 +392,7 @@ class Accelerator:
                 return pipeline.decode(autoencoder, latent)
 
             # On a CPU its norms work in place, strip by strip, which compiled code would not.
-            return decode if latent.is_cpu else self._compile(str(role), decode)
+            return decode if self._models.device.type == "cpu" else self._compile(str(role), decode)
 
         return Wanted(role, _Lazy(make), (latent,))
 
@@ -365,26 +410,28 @@ class Accelerator:
             self._compiled[name] = found
         return cast("Callable[..., Any]", found)
 
-    def _run(self, wanted: Wanted) -> Captured[Any]:
-        """The capture of a role, made at its first use."""
-        captured = self._captures.get(wanted.key)
-        if captured is not None:
-            return captured
-        self._first_uses += 1
+    def _run(self, wanted: Wanted, *, fresh: bool = False) -> object:
+        """Run the capture of a role, made at its first use."""
         with _as_our_errors():
-            return self._captures.capture(wanted.key, wanted.fn, wanted.inputs)
+            captured: Captured[Any] | None = self._captures.get(wanted.key)
+            if captured is None:
+                captured = self._captures.capture(wanted.key, wanted.fn, wanted.inputs)
+                self._first_uses += 1
+            return captured.fresh(*wanted.inputs) if fresh else captured(*wanted.inputs)
 
 
 class _Lazy:
     """A callable that is made at its first call."""
 
     def __init__(self, make: Callable[[], Callable[..., Any]]) -> None:
-        self._make = make
+        self._make: Callable[[], Callable[..., Any]] | None = make
         self._fn: Callable[..., Any] | None = None
 
     def __call__(self, *inputs: Tensor) -> Any:
         if self._fn is None:
-            self._fn = self._make()
+            assert self._make is not None
+            # What made it holds the first caller's tensors.
+            self._fn, self._make = self._make(), None
         return self._fn(*inputs)
 
 
@@ -415,6 +462,9 @@ def check_buckets(buckets: Sequence[int]) -> tuple[int, ...]:
     Raises:
         BadInputError: One is no multiple of 32 from 32 to 512.
     """
+    if not isinstance(buckets, Iterable):
+        raise BadInputError(f"buckets must be a list of numbers of tokens, got {buckets!r}")
+    buckets = tuple(buckets)
     if not buckets:
         raise BadInputError("buckets must hold at least one number of tokens, got none")
     for bucket in buckets:

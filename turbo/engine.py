@@ -253,6 +253,8 @@ class Engine:
         plan = _as_plan(plan, DEFAULT_PLAN)
         settings = plan.model
         device = pick_device(settings.device if device == "auto" else device)
+        if cache_dir is not None and not isinstance(cache_dir, str | Path):
+            raise BadInputError(f"cache_dir must be a folder, 'auto' or None, got {cache_dir!r}")
         speed_ups = SpeedUps.choose(
             device,
             compile=compile,
@@ -349,18 +351,17 @@ class Engine:
             if on_progress:
                 on_progress(name, 1, 1)
 
-        with self._lock, self._on_device(self.models.transformer):
-            prepared = [self._prepared(stage) for stage in plan.stages]
+        with self._lock:
             if self.accelerator.speed_ups.any_stand_in:
                 begin = time.perf_counter()
-                with self._everything_on_device():
-                    captures = self.accelerator.warm_up(prepared, buckets, on_progress)
+                captures = self._capture_usual(plan, buckets, on_progress)
                 seconds["capture"] = time.perf_counter() - begin
             with part("prompt"):
                 pairs = self._warmup_captions(buckets)
             latent: Tensor | None = None
             for stage in plan.stages:
-                with part(stage.name):
+                with part(stage.name), self._on_device(self.models.transformer):
+                    self._prepared(stage)
                     once = replace(stage, node="custom", scheduler="simple", steps=1, denoise=1.0)
                     step = prepare_stage(self.models.transformer, once)
                     warm_cache(self.models, step)
@@ -492,6 +493,30 @@ class Engine:
             stage_images=[picture.stages for picture in pictures] if keep_stages else [],
             metadata=[{**description, "seed": one} for one in seeds],
         )
+
+    def _capture_usual(
+        self, plan: Plan, buckets: Sequence[int], on_progress: OnProgress | None
+    ) -> tuple[CaptureReport, ...]:
+        """Compile and capture what the plan's requests will use."""
+        models, performance = self.models, plan.performance
+        modules = (models.text_encoder, models.transformer, models.autoencoder)
+        captures: tuple[CaptureReport, ...] = ()
+        with self._on_device(models.transformer):
+            prepared = [self._prepared(stage) for stage in plan.stages]
+        # Where modules rest elsewhere, the device may not have room for all at once.
+        offloads = performance.enable_model_cpu_offload
+        for only in [(module,) for module in modules] if offloads else [modules]:
+            with contextlib.ExitStack() as stack:
+                for module in only:
+                    stack.enter_context(self._on_device(module))
+                captures = self.accelerator.warm_up(
+                    prepared,
+                    buckets,
+                    on_progress,
+                    only=only,
+                    decoder=not performance.enable_vae_tiling,
+                )
+        return captures
 
     def _warmup_captions(self, buckets: Sequence[int]) -> list[tuple[Caption, Caption]]:
         """Captions to warm up with, (positive, negative).
@@ -625,14 +650,6 @@ class Engine:
         finally:
             for parameter, weight in resting:
                 parameter.data = weight
-
-    @contextlib.contextmanager
-    def _everything_on_device(self) -> Iterator[None]:
-        models = self.models
-        with contextlib.ExitStack() as stack:
-            for module in (models.text_encoder, models.transformer, models.autoencoder):
-                stack.enter_context(self._on_device(module))
-            yield
 
     def _choose(self, loras: Sequence[Any], default_strength: float) -> tuple[LoraChoice, ...]:
         _require_list(loras)
@@ -770,7 +787,7 @@ def _accelerate(
     models.kernels = speed_ups.kernels
     accelerator = Accelerator(models, speed_ups, cache)
     if speed_ups.any_stand_in:
-        accelerator.install()
+        accelerator.install(models)
     return accelerator
 
 
