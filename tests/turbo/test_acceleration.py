@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import json
 import logging
 import os
+import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import turbo.acceleration
+from tests.conftest import REPOSITORY
 from turbo.acceleration import (
     MOST_CAPTURED_TOKENS,
     Accelerator,
@@ -52,6 +57,11 @@ CACHED = Plan(stages=(Stage(name="only", height=32, width=48, steps=8, cfg=2.0, 
 LONG = "a cat and a dog " * 47
 TWINS: dict[str, Any] = {"prompt": "a cat", "negative_prompt": "a dog"}
 """Two captions of one length."""
+
+cuda = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def load(path: Path, **options: Any) -> Engine:
@@ -714,3 +724,137 @@ def test_a_request_that_compiled_nothing_leaves_the_cache_folder_alone(
     for _ in range(3):
         engine.generate("a cat", seed=7)
     assert len(saves) == 1
+
+
+# The real compiler, once: in two processes, one after the other, with one cache folder.
+
+START = """
+import json, sys
+import numpy as np
+from turbo import Engine, Plan, Stage
+from turbo.acceleration import Accelerator
+
+# The network's layers alone: to build the other three roles too takes three times as long.
+compile_any = Accelerator._compile
+Accelerator._compile = lambda self, name, fn: (
+    compile_any(self, name, fn) if name.startswith("layer") else fn
+)
+model, cache, picture = sys.argv[1:]
+plan = Plan(stages=(Stage(name="only", height=32, width=32, steps=1),))
+options = {"device": "cpu", "dtype": "float32", "plan": plan}
+engine = Engine.from_pretrained(
+    model, compile=True, cache_dir=cache, strict_speed=True, **options
+)
+report = engine.warmup(buckets=(32,))
+before = engine.counters
+engine.generate("a cat", seed=7).image.save(picture)
+after = engine.counters
+said = {
+    "built": report.built,
+    "compiled": before.compilations,
+    "captured": before.captures,
+    "while warm": [after.compilations - before.compilations, after.captures - before.captures],
+}
+print(json.dumps(said))
+"""
+
+
+def start(model: Path, folder: Path, picture: Path) -> dict[str, Any]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(folder),
+        # Plain C++, neither vectors nor optimised: takes half as long to build.
+        "TORCHINDUCTOR_VEC_ISA_OK": "0",
+        "TORCHINDUCTOR_DEBUG_COMPILE": "1",
+    }
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", START, str(model), str(folder / "cache"), str(picture)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return said
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+def test_the_second_start_builds_nothing_and_makes_the_same_picture(
+    model: Path, plain: Engine, tmp_path: Path
+):
+    pictures = [tmp_path / name for name in ("first.png", "second.png")]
+    first, second = (start(model, tmp_path, picture) for picture in pictures)
+    assert first.pop("built") > 0
+    assert second.pop("built") == 0
+    assert first == second == {"compiled": 1, "captured": 4, "while warm": [0, 0]}
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    got = np.asarray(Image.open(pictures[0]), dtype=int)
+    want = np.asarray(plain.generate("a cat", seed=7, plan=ONE_STAGE).image, dtype=int)
+    assert np.abs(got - want).max() <= 1
+
+
+# On a GPU.
+
+GUIDED: dict[str, Any] = {"prompt": "a cat", "negative_prompt": "blurry and grey", "seed": 7}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=cuda)])
+def test_graphs_change_no_bit(device: str, dtype: str, model: Path, lora: Path):
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "compile": False,
+        "kernels": False,
+        "strict_speed": True,
+    }
+    eager, graphs = (load(model, capture=one, **options) for one in ("eager", "cuda-graph"))
+    report = graphs.warmup(buckets=(32, 64))
+    assert {line.backend for line in report.captures} == {"cuda-graph"}
+    for request in REQUESTS.values():
+        want, got = (engine.generate(seed=7, **request) for engine in (eager, graphs))
+        assert bits(got) == bits(want)
+        assert got.skips == want.skips
+    for loras in ([lora], []):
+        want, got = (engine.generate(**GUIDED, loras=loras) for engine in (eager, graphs))
+        assert bits(got) == bits(want)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=cuda)])
+def test_a_warm_request_allocates_nothing_above_its_buffers(device: str, model: Path):
+    cache = EasyCache(threshold=0.2)
+    plan = replace(PLAN, stages=tuple(replace(one, easycache=cache) for one in PLAN.stages))
+    engine = load(
+        model, plan=plan, device=device, dtype="bfloat16", compile=False, capture="cuda-graph"
+    )
+    engine.warmup(buckets=(32,))
+    engine.generate(**GUIDED)
+    peaks, reserved = [], [torch.cuda.memory_reserved()]
+    retries = torch.cuda.memory_stats()["num_alloc_retries"]
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        assert list(grown(engine, lambda: engine.generate(**GUIDED))) == ["replays"]
+        peaks.append(torch.cuda.max_memory_allocated())
+        reserved.append(torch.cuda.memory_reserved())
+    assert peaks[0] == peaks[1]
+    assert len(set(reserved)) == 1
+    assert torch.cuda.memory_stats()["num_alloc_retries"] == retries == 0
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=cuda)])
+def test_an_evicted_graph_is_recorded_anew(
+    device: str, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(turbo.acceleration, "MOST_CAPTURES", 4)
+    options: dict[str, Any] = {"device": device, "compile": False, "kernels": False}
+    eager, graphs = (load(model, capture=one, **options) for one in ("eager", "cuda-graph"))
+    want = bits(eager.generate(**GUIDED))
+    for _ in range(2):
+        assert bits(graphs.generate(**GUIDED)) == want
+    assert graphs.counters.evictions > 0
