@@ -82,9 +82,8 @@ class Rivals:
             self.transformer,
         )
         self.fast = replace(self.models)
-        Accelerator(
-            self.fast, SpeedUps(compile=True, capture="replay", strict=True), cache
-        ).install()
+        speed_ups = SpeedUps(compile=True, capture="replay", strict=True)
+        Accelerator(self.fast, speed_ups, cache).install(self.fast)
         self.their_network = _their_network(network, dtype)
         self.their_autoencoder = _their_autoencoder(picture, dtype)
         generator = torch.Generator().manual_seed(0)

@@ -137,7 +137,7 @@ class Setting:
             strict=True,
         )
         accelerator = Accelerator(models, speed_ups)
-        accelerator.install()
+        accelerator.install(models)
         return Side(models, accelerator)
 
     @contextlib.contextmanager

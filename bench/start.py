@@ -47,7 +47,7 @@ def main() -> None:
     model.models.kernels = speed_ups.kernels
     accelerator = Accelerator(model.models, speed_ups, cache)
     if speed_ups.any_stand_in:
-        accelerator.install()
+        accelerator.install(model.models)
     engine = model.engine(accelerator=accelerator)
     report("engine")
     for step, letter in (("first picture", "q"), ("second picture", "z")):

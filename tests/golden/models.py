@@ -88,7 +88,7 @@ class ModelStore:
                 kernels=self.speed_ups.kernels,
             )
             if self.speed_ups.any_stand_in:
-                Accelerator(models, self.speed_ups).install()
+                Accelerator(models, self.speed_ups).install(models)
             self._models[names] = models
         models = self._models[names]
         _filled(models.transformer, self.values(network))

@@ -34,9 +34,9 @@ from turbo.acceleration import (
     Role,
     SpeedUps,
     check_buckets,
-    default_cache_dir,
     open_cache,
 )
+from turbo.cache_folder import default_cache_dir
 from turbo.denoiser import ModulationTable
 from turbo.easycache import StepCache
 from turbo.engine import Engine, Result
