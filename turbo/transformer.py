@@ -248,6 +248,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w13(x).chunk(2, dim=-1)
+        if torch.compiler.is_compiling():  # in place would have it write all of w13's result again
+            return self.w2(clamp_float16(F.silu(gate) * value))
         # In place: fresh memory for a product this large costs more than filling it.
         return self.w2(clamp_float16(F.silu(gate, inplace=True).mul_(value)))
 
