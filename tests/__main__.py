@@ -26,6 +26,8 @@ def main() -> int:
     }
     if golden.is_dir():
         parts["recorded cases"] = ["tests.golden", str(golden)]
+        captured = ["--only", "seed0", "--backend", "replay"]
+        parts["recorded cases, captured"] = ["tests.golden", str(golden), *captured]
     elif os.environ.get("CI"):
         print(f"no recorded cases at {golden}: TURBO_SHARED must name the folder that holds them")
         return 1

@@ -203,6 +203,11 @@ class Accelerator:
         models.decode = self.decode
 
     @property
+    def compile_seconds(self) -> float:
+        """Time of the first calls of what is compiled, which compile or load it, and run it."""
+        return float(sum(each.seconds for each in self._compiled.values()))
+
+    @property
     def built(self) -> int:
         """Binaries that a compiler built because the cache did not hold them."""
         return len(self._built)

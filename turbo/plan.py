@@ -81,7 +81,7 @@ SHIFT_LIMIT = 100.0
 STAGES_LIMIT = 16
 SEED_LIMIT = 2**64
 
-TAKEN_NAMES: tuple[str, ...] = ("load", "capture", "prompt", "encode", "decode", "total")
+TAKEN_NAMES: tuple[str, ...] = ("load", "compile", "capture", "prompt", "encode", "decode", "total")
 """What timings, warm-up and memory counts call the other parts of a picture; no stage may."""
 
 _DTYPE_ALIASES = {

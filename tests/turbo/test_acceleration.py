@@ -284,7 +284,7 @@ def test_a_warm_request_only_replays(fresh: Engine):
     assert len(report.captures) == fresh.counters.captures == 3 * 2 + 2 * 2 + 1
     assert {line.backend for line in report.captures} == {"replay"}
     assert report.seconds["capture"] > 0
-    assert report.built == 0
+    assert report.seconds["compile"] == report.built == 0
 
     def request() -> None:
         fresh.generate("a cat", negative_prompt="a cat " * 8, seed=7)

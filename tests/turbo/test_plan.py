@@ -186,7 +186,7 @@ def test_the_single_stage_takes_steps_and_cfg():
         *(
             (
                 {"name": name},
-                "name must not be one of load, capture, prompt,",
+                "name must not be one of load, compile, capture, prompt,",
             )
             for name in TAKEN_NAMES
         ),
@@ -432,7 +432,7 @@ def test_stages_can_be_dropped_and_added(tmp_path: Path):
         ),
         (
             "generation:\n  stage2:\n    name: decode",
-            ", line 3: generation.stage2.name must not be one of load, capture",
+            ", line 3: generation.stage2.name must not be one of load, compile, capture",
         ),
         ("generation: {guidance_scale: -1}", "generation.guidance_scale must be a number"),
         ("model: {path: 12}", "model.path must be text, got 12; put it in quotes"),
