@@ -19,13 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from turbo.compile import CompileCache
 
 from bench.machine import describe_machine
-from turbo import __version__
 from turbo.acceleration import Accelerator, SpeedUps
 from turbo.autoencoder import Autoencoder, AutoencoderConfig, to_pixels
-from turbo.cache_folder import default_cache_dir
 from turbo.latent import from_sampler, resize, start_latent, to_sampler
 from turbo.names import AUTOENCODER, NETWORK, diffusers_names, is_plain_matrix
 from turbo.pipeline import (
@@ -62,7 +59,7 @@ two sides round in different places; turbo's distance to float32 is what the tes
 class Rivals:
     """The same weights in our modules and in diffusers'."""
 
-    def __init__(self, dtype: torch.dtype, cache: CompileCache) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         network = initialise(zimage_shapes(NETWORK_CONFIG), seed=1)
         picture = initialise(autoencoder_shapes(TINY_AUTOENCODER), seed=2)
@@ -83,7 +80,7 @@ class Rivals:
         )
         self.fast = replace(self.models)
         speed_ups = SpeedUps(compile=True, capture="replay", strict=True)
-        Accelerator(self.fast, speed_ups, cache).install(self.fast)
+        Accelerator(self.fast, speed_ups).install(self.fast)
         self.their_network = _their_network(network, dtype)
         self.their_autoencoder = _their_autoencoder(picture, dtype)
         generator = torch.Generator().manual_seed(0)
@@ -162,13 +159,13 @@ class Rivals:
         return to_pixels(raw)
 
 
-def measure(dtype: torch.dtype, rounds: int, pictures: int, cache: CompileCache) -> dict[str, Any]:
+def measure(dtype: torch.dtype, rounds: int, pictures: int) -> dict[str, Any]:
     """Check, then time, forwards at the three stage sizes and whole pictures.
 
     What our side has ready beforehand: rotary tables, modulation tables and, for the forwards, the
     refined caption. diffusers makes them in each call. The picture includes our refining.
     """
-    rivals = Rivals(dtype, cache)
+    rivals = Rivals(dtype)
     cached = [prepare_stage(rivals.transformer, stage) for stage in DEFAULT_PLAN.stages]
     stages = [replace(ready, stage=replace(ready.stage, easycache=None)) for ready in cached]
     results: dict[str, Any] = {"forward": {}, "picture": {}}
@@ -327,13 +324,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results: dict[str, Any] = {"machine": describe_machine(), "network": NETWORK_CONFIG}
-    cache = CompileCache(
-        default_cache_dir(), facts=NETWORK_CONFIG, version=__version__, device="cpu"
-    )
-    with torch.inference_mode(), cache:
+    with torch.inference_mode():
         for name in options.dtypes.split(","):
             dtype = getattr(torch, name)
-            results[name] = measure(dtype, options.rounds, options.pictures, cache)
+            results[name] = measure(dtype, options.rounds, options.pictures)
     if options.output:
         options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -29,6 +29,8 @@ IMAGE_LIMIT = 512 * 2**20
 """Largest picture file, in bytes."""
 PICTURES_LIMIT = 256
 """Most pictures fetched for one workflow."""
+LAST_EVENTS = 0.1
+"""Seconds to wait for events that a finished run sent before it was found finished."""
 CANCEL_TIMEOUT = 5.0
 """Seconds that each request of a cancellation may take."""
 
@@ -177,7 +179,18 @@ class ComfyUIClient:
                 continue
             self._check_outcome(run, entry)
             if entry is not None:
+                self._take_in_the_rest(run, socket, on_progress)
                 return entry
+
+    def _take_in_the_rest(
+        self, run: _Run, socket: EventSocket, on_progress: ProgressCallback | None
+    ) -> None:
+        """Report the steps whose events came, unread, before the history told the end."""
+        end = time.monotonic() + LAST_EVENTS
+        while not run.finished and (left := end - time.monotonic()) > 0:
+            event = socket.receive(left)
+            if event is not None:
+                _take_in(run, event, on_progress)
 
     def _check_deadline(self, run: _Run) -> None:
         if run.left() > 0:
