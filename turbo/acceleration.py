@@ -56,7 +56,11 @@ USUAL_BUCKETS = (32, 64, 96, 128)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedUps:
-    """Which speed-ups are on. None of them changes more of a picture than its last bits."""
+    """Which speed-ups are on.
+
+    Capturing changes no bit. Compiling and kernels change roundings, which in bfloat16 can turn a
+    decision of the step cache that was about to fall either way.
+    """
 
     compile: bool = False
     """Blocks and layers are compiled by Inductor."""

@@ -1,7 +1,7 @@
 """The engine: loads a model once, then makes pictures, each the same for the same seed.
 
 It adds loading, LoRAs, caches and timing around `turbo.pipeline`, never meaning: what a picture
-looks like depends on the request and the weights alone.
+looks like depends on the request and the weights, and in its last bits on what compiles them.
 """
 
 from __future__ import annotations
@@ -150,6 +150,15 @@ class _Meter:
         start = time.perf_counter()
         yield
         self._add(name, time.perf_counter() - start)
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Wait for the block's work at its end, so that `read` need not later.
+
+        Waiting for a device is forbidden while another thread records a graph on it.
+        """
+        yield
+        self.read()
 
     def read(self) -> dict[str, float]:
         """Seconds by part; waits for the device."""
@@ -351,7 +360,7 @@ class Engine:
             if on_progress:
                 on_progress(name, 1, 1)
 
-        with self._lock:
+        with self._lock, self._current_device(), meter.settled():
             if self.accelerator.speed_ups.any_stand_in:
                 begin, before = time.perf_counter(), self.accelerator.compile_seconds
                 captures = self._capture_usual(plan, buckets, on_progress)
@@ -450,7 +459,7 @@ class Engine:
         seeds = [(first_seed + index) % (MAX_SEED + 1) for index in range(num_images)]
         text = f"{trigger_word}, {prompt}" if trigger_word else prompt
         meter = _Meter(self.models.device)
-        with self._lock, meter.part("total"):
+        with self._lock, self._current_device(), meter.settled(), meter.part("total"):
             default = resolved.lora.default_strength
             choices = self._loras if loras is None else self._choose(loras, default)
             self._fuse(choices, self._strict if strict_loras is None else strict_loras)
@@ -582,8 +591,19 @@ class Engine:
 
         if self.models.device.type == "cpu":
             return draw
-        drawn = {prepared.stage: self._noise_pool.submit(draw, prepared) for prepared in stages}
+        stream = torch.cuda.current_stream(self.models.device)  # its order is what makes it safe
+
+        def draw_ahead(prepared: PreparedStage) -> StageNoise:
+            with torch.cuda.stream(stream):
+                return draw(prepared)
+
+        drawn = {one.stage: self._noise_pool.submit(draw_ahead, one) for one in stages}
         return lambda prepared: drawn[prepared.stage].result()
+
+    def _current_device(self) -> contextlib.AbstractContextManager[Any]:
+        """Make the engine's device the current one, on which Triton launches and events count."""
+        device = self.models.device
+        return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
     def _encode_image(self, image: Image.Image, stage: Stage, meter: _Meter) -> Tensor:
         with meter.part("encode"), self._on_device(self.models.autoencoder):
@@ -705,7 +725,7 @@ def pick_device(device: str | torch.device) -> torch.device:
         BadInputError: It does not exist here; says which do.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
@@ -717,6 +737,8 @@ def pick_device(device: str | torch.device) -> torch.device:
         )
     if chosen.type not in ("cpu", "cuda"):
         raise BadInputError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    if str(chosen) == "cuda":  # without a number; every thread has a current device of its own
+        return torch.device("cuda", torch.cuda.current_device())
     return chosen
 
 

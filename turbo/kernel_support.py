@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from turbo.errors import BadInputError
@@ -30,8 +32,10 @@ def require_kernels(device: torch.device) -> None:
             "TRITON_INTERPRET=1 before the start to try them out in Triton's interpreter"
         )
     try:
-        cell = torch.zeros(1, 1, 1, 1, device=device)
-        latent_upscale(cell, cell, 0.5, 1, 1)
+        # Triton launches on the current device, whatever its tensors are on.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            cell = torch.zeros(1, 1, 1, 1, device=device)
+            latent_upscale(cell, cell, 0.5, 1, 1).cpu()  # a failed launch shows when waited for
     except Exception as error:  # Triton's own, its compilers' and the driver's
         raise BadInputError(
             f"kernels cannot run on {device}: {_first_line(error)}; leave kernels off"

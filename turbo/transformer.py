@@ -261,7 +261,9 @@ def clamp_float16(x: Tensor) -> Tensor:
     """
     if x.dtype != torch.float16:
         return x
-    return torch.nan_to_num(x, nan=0.0, posinf=65504.0, neginf=-65504.0)
+    largest = torch.finfo(x.dtype).max
+    # The last clamp is for compiled code, in which a product is wider until it is stored.
+    return torch.nan_to_num(x, nan=0.0, posinf=largest, neginf=-largest).clamp(-largest, largest)
 
 
 class Block(nn.Module):
