@@ -25,7 +25,7 @@ from bench.machine import describe_machine
 from bench.model_parts import decode, network, picture, profile, prompt
 from bench.process_parts import checks, start
 from bench.random_model import PROMPT_TOKENS
-from bench.results import Found, Part, Results, recorded, run_parts
+from bench.results import FORMAT, Found, Part, Results, recorded, run_parts
 from bench.setting import Setting
 from turbo.denoiser import is_unguided
 from turbo.latent import STRIDE
@@ -163,7 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting = Setting(device, options.small)
     chosen = [part for part in make_parts(setting) if part.name in (options.only or PARTS)]
     header = {
-        "command": ["bench", "device", *(sys.argv[2:] if arguments is None else arguments)],
+        "format": FORMAT,
+        "kind": "device",
+        "command": ["device", *(sys.argv[2:] if arguments is None else arguments)],
+        "machine": describe_machine(str(device)),
         "size": "small" if options.small else "full",
         "prompt_tokens": PROMPT_TOKENS,
     }

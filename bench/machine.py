@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
@@ -28,9 +30,12 @@ _SMI_FIELDS = (
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
     """Facts about this machine and checkout; what cannot be read is None."""
+    commit = _commit()
     described: dict[str, Any] = {
+        "id": machine_id(device),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit,
+        "dirty": None if commit is None else commit.endswith("-dirty"),
         "turbo": __version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -38,11 +43,39 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": _memory_gib(),
         "threads": torch.get_num_threads(),
     }
     if torch.device(device).type == "cuda":
         described["gpu"] = _gpu(torch.device(device))
     return described
+
+
+def machine_id(device: str = "cpu") -> str:
+    """A short name of the hardware: equal on two machines whose times may be compared.
+
+    Processor, vector instructions, number of cores, memory to the GiB, and the GPU. No serial
+    numbers: rented machines of one kind change daily, and names of people's machines are private.
+    """
+    facts = [
+        platform.machine(),
+        _processor(),
+        torch.backends.cpu.get_cpu_capability(),
+        str(os.cpu_count()),
+        str(round(_memory_gib() or 0)),
+    ]
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(chosen)
+        facts += [gpu.name, str(round(gpu.total_memory / 2**30)), str(gpu.multi_processor_count)]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
+
+
+def _memory_gib() -> float | None:
+    info = Path("/proc/meminfo")
+    found = re.search(r"MemTotal:\s+(\d+) kB", info.read_text()) if info.is_file() else None
+    return int(found[1]) / 2**20 if found else None
 
 
 def _commit() -> str | None:

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+FORMAT = "turbo-bench/1"
+"""What a results file says it is; `bench/schema.md` describes it."""
+KINDS = ("run", "compare", "load", "quality", "device", "network")
+
 Found = dict[str, Any]
 """What a part has found so far, ready for JSON."""
 LEAST_SECONDS = 3.0
@@ -33,6 +37,65 @@ class Part:
     seconds it has."""
     seconds: float
     """How long it may take."""
+
+
+class ResultsFileError(ValueError):
+    """A results file that cannot be used; one line that says why."""
+
+
+def read_results(path: Path, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
+    """Read a results file.
+
+    Args:
+        path: The file.
+        kinds: Those that will do.
+
+    Raises:
+        ResultsFileError: It is missing, truncated, of another format or of another kind.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ResultsFileError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ResultsFileError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ResultsFileError(f"{path}: is no text file, so no results file") from error
+    except (ValueError, RecursionError) as error:
+        raise ResultsFileError(f"{path}: is no whole JSON file ({error}); measure again") from error
+    written = data.get("format") if isinstance(data, dict) else None
+    if written != FORMAT:
+        had = "has no format entry" if written is None else f"has format {written!r}"
+        raise ResultsFileError(f"{path}: {had}, this version reads {FORMAT!r}; measure again")
+    if data.get("kind") not in kinds:
+        raise ResultsFileError(
+            f"{path}: holds {data.get('kind')!r} results, needed are {' or '.join(kinds)}"
+        )
+    if not isinstance(data.get("machine"), dict) or not isinstance(data["machine"].get("id"), str):
+        raise ResultsFileError(f"{path}: does not say which machine it is from; measure again")
+    checked: dict[str, Any] = data
+    return checked
+
+
+def require_same_machine(path: Path, data: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+    """Refuse results of another machine.
+
+    Raises:
+        ResultsFileError: The ids differ; says what differs.
+    """
+    theirs = data["machine"]
+    if theirs["id"] == machine["id"]:
+        return
+    named = ("processor", "vector_instructions", "cores", "memory_gib", "gpu")
+    differing = [
+        f"{name} {theirs.get(name)!r} there, {machine.get(name)!r} here"
+        for name in named
+        if theirs.get(name) != machine.get(name)
+    ]
+    raise ResultsFileError(
+        f"{path}: was measured on another machine ({theirs['id']}, this is {machine['id']}: "
+        f"{'; '.join(differing) or 'no detail'}); times of two machines are not compared"
+    )
 
 
 class Results:

@@ -12,18 +12,49 @@ import torch
 Result = TypeVar("Result")
 
 
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value below which `percent` of the values lie, between neighbours in proportion.
+
+    Source: Hyndman and Fan 1996, definition 7, which is NumPy's default.
+
+    Raises:
+        ValueError: No values, or a percentage outside 0 to 100.
+    """
+    if not values or not 0 <= percent <= 100:
+        raise ValueError(f"a percentile needs values and 0 to 100, got {len(values)}, {percent}")
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
 def summarise(values_ms: Sequence[float]) -> dict[str, Any]:
     """Median and spread of some times."""
-    p20, _, _, p80 = (
-        statistics.quantiles(values_ms, n=5, method="inclusive")
-        if len(values_ms) > 1
-        else [values_ms[0]] * 4
-    )
     return {
         "median_ms": statistics.median(values_ms),
-        "p20_ms": p20,
-        "p80_ms": p80,
+        "p20_ms": percentile(values_ms, 20),
+        "p80_ms": percentile(values_ms, 80),
+        "p95_ms": percentile(values_ms, 95),
         "runs": len(values_ms),
+        "all_ms": list(values_ms),
+    }
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Ours over theirs, round by round, so that what slows a round slows both of its sides.
+
+    Raises:
+        ValueError: No rounds, or not as many on both sides.
+    """
+    if not ours or len(ours) != len(theirs):
+        raise ValueError(f"a ratio needs pairs, got {len(ours)} and {len(theirs)} values")
+    quotients = [one / other for one, other in zip(ours, theirs)]
+    return {
+        "median": statistics.median(quotients),
+        "p20": percentile(quotients, 20),
+        "p80": percentile(quotients, 80),
+        "pairs": len(quotients),
     }
 
 
@@ -73,10 +104,8 @@ def time_launches(
             run()
 
     timed = time_runs(_graph_of(everything, device), device, seconds=seconds)
-    per_run = {
-        name: value / len(runs) if name.endswith("_ms") else value for name, value in timed.items()
-    }
-    return per_run | {"launches": len(runs)}
+    times = [time_ms / len(runs) for time_ms in timed["all_ms"]]
+    return summarise(times) | {"launches": len(runs)}
 
 
 def _graph_of(run: Callable[[], None], device: torch.device) -> Callable[[], object]:
