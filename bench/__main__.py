@@ -5,7 +5,12 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-COMMANDS = {"device": "all GPU checks and measurements in one results file"}
+COMMANDS = {
+    "run": "the workflow end to end and by part",
+    "compare": "the workflow beside a rival's, in the same run",
+    "model": "write a model of random weights to measure with",
+    "device": "all GPU checks and measurements in one results file",
+}
 
 
 def main() -> int:
@@ -21,7 +26,7 @@ def main() -> int:
             return 130
         return code
     listed = "\n".join(f"  {known:10} {meaning}" for known, meaning in COMMANDS.items())
-    print(f"usage: python -m bench COMMAND ...\n\n{listed}")
+    print(f"usage: python -m bench COMMAND ...\n\n{listed}\n\nRESULTS files: bench/schema.md")
     return 0 if name in ("-h", "--help") else 2
 
 

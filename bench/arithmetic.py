@@ -6,12 +6,16 @@ layers are those of the code. Only matrix products, convolutions and attention c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from turbo.autoencoder import Autoencoder, AutoencoderConfig
+from turbo.denoiser import is_unguided
+from turbo.latent import STRIDE
+from turbo.pipeline import Models
+from turbo.plan import Plan, Stage
 from turbo.text_encoder import TextEncoder, TextEncoderConfig
 from turbo.transformer import PATCH, Transformer, TransformerConfig, padded_length
 
@@ -71,6 +75,75 @@ def block_products(
         for tokens_of, tokens in (("joint", caption_tokens + image), ("refiner", image))
         for name, weight in weights.items()
     }
+
+
+class PictureArithmetic:
+    """The operations that a picture needs, part by part, whoever makes it.
+
+    A program that does more than is needed, such as encoding padding, has a smaller share of the
+    limit for it.
+
+    Args:
+        models: Their dimensions count.
+        plan: The stages.
+    """
+
+    def __init__(self, models: Models, plan: Plan) -> None:
+        self._models = models
+        self._stages = plan.resolved().stages
+        self._known: dict[tuple[object, ...], int] = {}
+
+    def of(
+        self, prompt: str, negative_prompt: str, skips: Mapping[str, tuple[int, int]]
+    ) -> dict[str, float]:
+        """Part -> operations: `prompt`, each stage, `decode`, `total`.
+
+        Args:
+            prompt: The text to follow.
+            negative_prompt: The text to avoid, where a stage has guidance.
+            skips: Stage -> (network calls skipped, calls wanted); of a stage that is not in it, no
+                figure is given, and none of the total.
+        """
+        guided = any(not is_unguided(stage.cfg) for stage in self._stages)
+        lengths = [self._tokens(text) for text in (prompt, *[negative_prompt] * guided)]
+        found: dict[str, float] = {"prompt": float(sum(map(self._prompt, lengths)))}
+        for stage in self._stages:
+            if stage.name in skips:
+                skipped, wanted = skips[stage.name]
+                of_stage = lengths if not is_unguided(stage.cfg) else lengths[:1]
+                calls = [self._call(stage, tokens) for tokens in of_stage]
+                found[stage.name] = (wanted - skipped) * sum(calls) / len(calls)
+        last = self._stages[-1]
+        size = (last.height // STRIDE, last.width // STRIDE)
+        found["decode"] = self._once(
+            ("decode", size), lambda: decoder(self._models.autoencoder.config, size)
+        )
+        if all(stage.name in found for stage in self._stages):
+            found["total"] = sum(found.values())
+        return found
+
+    def _tokens(self, text: str) -> int:
+        return padded_length(len(self._models.tokenizer.encode_prompt(text)))
+
+    def _prompt(self, tokens: int) -> int:
+        models = self._models
+        return self._once(
+            ("prompt", tokens),
+            lambda: (
+                text_encoder(models.text_encoder.config, tokens)
+                + caption_refiner(models.transformer.config, tokens)
+            ),
+        )
+
+    def _call(self, stage: Stage, tokens: int) -> int:
+        size = (stage.height // STRIDE, stage.width // STRIDE)
+        config = self._models.transformer.config
+        return self._once(("call", size, tokens), lambda: network_call(config, size, tokens))
+
+    def _once(self, key: tuple[object, ...], counted: Callable[[], int]) -> int:
+        if key not in self._known:
+            self._known[key] = counted()
+        return self._known[key]
 
 
 def count(run: Callable[[], object]) -> int:

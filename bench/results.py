@@ -107,17 +107,17 @@ class Results:
     """
 
     def __init__(self, path: Path | None, header: Mapping[str, Any]) -> None:
-        self._path = path
+        self.path = path
         self.data: dict[str, Any] = {**header, "partial": True, "parts": {}}
 
     def write(self) -> None:
         """Replace the file: another process sees the old or the new one, never half of one."""
-        if self._path is None:
+        if self.path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         fresh.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        os.replace(fresh, self._path)
+        os.replace(fresh, self.path)
 
 
 def run_parts(

@@ -20,6 +20,7 @@ from turbo.errors import BadInputError
 from turbo.kernel_support import require_kernels
 from turbo.pipeline import Models
 from turbo.plan import Stage
+from turbo.transformer import Transformer
 
 VARIANTS = ("eager", "captured", "compiled", "compiled, captured")
 """How the parts can run. Capturing changes no arithmetic: the results should be equal."""
@@ -41,6 +42,8 @@ class Setting:
 
     device: torch.device
     small: bool = False
+    dtype: torch.dtype | None = None
+    """Of matrix products; None: bfloat16 on CUDA, float32 elsewhere."""
 
     def __post_init__(self) -> None:
         self.size = SMALL if self.small else FULL
@@ -68,7 +71,7 @@ class Setting:
     @cached_property
     def limit(self) -> dict[str, Any]:
         """The rate of a large matrix product in the network's dtype: the limit of all shares."""
-        size = 512 if self.small else 8192
+        size = 512 if self.small else 8192 if self.device.type == "cuda" else 2048
         return self.product_rate((size, size, size), copies=1)
 
     def product_rate(self, shape: arithmetic.Shape, copies: int | None = None) -> dict[str, Any]:
@@ -80,7 +83,8 @@ class Setting:
                 network's blocks each have their own.
         """
         rows, columns, inner = shape
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        usual = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        dtype = self.dtype or usual
         weight_bytes = columns * inner * dtype.itemsize
         room = (1 if self.small else 256) << 20
         count = copies or max(1, -(-room // weight_bytes))
@@ -140,21 +144,25 @@ class Setting:
         accelerator.install(models)
         return Side(models, accelerator)
 
-    @contextlib.contextmanager
-    def in_float32(self) -> Iterator[None]:
+    def in_float32(self) -> contextlib.AbstractContextManager[None]:
         """Have the network calculate in float32 with the same weights: the reference."""
-        network = self.model.models.transformer
-        before = network.compute_dtype
-        network.compute_dtype = torch.float32
-        try:
-            yield
-        finally:
-            network.compute_dtype = before
+        return in_float32(self.model.models.transformer)
 
     def draw(self, *shape: int, seed: int, dtype: torch.dtype | None = None) -> Tensor:
         """Normal values on the device, the same on every device."""
         values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         return values.to(self.device, dtype or self.model.models.dtype)
+
+
+@contextlib.contextmanager
+def in_float32(network: Transformer) -> Iterator[None]:
+    """Have a network calculate in float32 in the block, whatever its weights' dtype."""
+    before = network.compute_dtype
+    network.compute_dtype = torch.float32
+    try:
+        yield
+    finally:
+        network.compute_dtype = before
 
 
 def distance(result: Tensor, reference: Tensor) -> float:

@@ -48,6 +48,8 @@ class Round:
     """Stage -> seconds of each network call that was made, where they can be told."""
     skips: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Stage -> (network calls saved by the step cache, calls wanted), where they can be told."""
+    memory_gib: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Part -> peak device memory, `allocated` and `reserved`, where they can be told."""
     spans: int = 0
     """Times that the harness looked at a clock for this round's sake."""
 
@@ -61,8 +63,10 @@ class Side(Protocol):
     """Whether its picture may differ from its baseline's by more than rounding."""
     best: bool
     """Whether it is this program's fastest setting rather than the one all sides share."""
-    threads_of_its_own: bool
-    """Whether it runs in a process other than this one."""
+    in_process: bool
+    """Whether it runs in this process."""
+    part: str
+    """What it does now, such as a stage's name; read by the memory timeline from its own thread."""
 
     def settings(self) -> dict[str, Any]:
         """What it runs with, ready for JSON: versions, dtype, switches."""
@@ -82,6 +86,9 @@ class Side(Protocol):
             SideError: It is not.
         """
 
+    def others(self) -> dict[str, dict[str, Any]]:
+        """Summaries of parts that a round does not show, measured now; empty if there are none."""
+
     def paint(self, request: Request) -> Round:
         """Make a picture.
 
@@ -94,12 +101,6 @@ class Side(Protocol):
 
     def device_memory_gib(self) -> dict[str, float] | None:
         """Device memory now: `allocated` and `reserved` where known; None without a GPU."""
-
-    def reset_peak(self) -> None:
-        """Let peaks of device memory count from now."""
-
-    def peak_memory_gib(self) -> dict[str, float] | None:
-        """Peak device memory since `reset_peak`: `allocated` and `reserved` where known."""
 
     def close(self) -> None:
         """Give back memory, child processes, ports. May be called twice and never fails."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -37,8 +38,13 @@ def summarise(values_ms: Sequence[float]) -> dict[str, Any]:
         "p80_ms": percentile(values_ms, 80),
         "p95_ms": percentile(values_ms, 95),
         "runs": len(values_ms),
-        "all_ms": list(values_ms),
     }
+
+
+def summarise_rounds(seconds: Sequence[float]) -> dict[str, Any]:
+    """As `summarise`, of seconds, with every value to the microsecond."""
+    values_ms = [1000 * value for value in seconds]
+    return summarise(values_ms) | {"all_ms": [round(value, 3) for value in values_ms]}
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
@@ -104,8 +110,10 @@ def time_launches(
             run()
 
     timed = time_runs(_graph_of(everything, device), device, seconds=seconds)
-    times = [time_ms / len(runs) for time_ms in timed["all_ms"]]
-    return summarise(times) | {"launches": len(runs)}
+    per_run = {
+        name: value / len(runs) if name.endswith("_ms") else value for name, value in timed.items()
+    }
+    return per_run | {"launches": len(runs)}
 
 
 def _graph_of(run: Callable[[], None], device: torch.device) -> Callable[[], object]:
@@ -169,6 +177,15 @@ class Meter:
             return result
 
         return timed
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Take the time of a block."""
+        span = Span(self._device)
+        span.begin()
+        yield
+        span.end()
+        self._spans.append((name, span))
 
     def read_s(self) -> dict[str, float]:
         """Seconds by name since the last reading."""

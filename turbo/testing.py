@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,19 @@ TINY_AUTOENCODER: Mapping[str, Any] = {
     "z_channels": 16,
 }
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSize:
+    """The dimensions of a complete model, each part's under its checkpoint's names."""
+
+    network: Mapping[str, Any]
+    text_encoder: Mapping[str, Any]
+    autoencoder: Mapping[str, Any]
+
+
+TINY = ModelSize(network=TINY_NETWORK, text_encoder=TINY_TEXT_ENCODER, autoencoder=TINY_AUTOENCODER)
+"""The built-in model's."""
+
 _ADALN_WIDTH = 256
 _TIME_FREQUENCIES = 256
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,10 +86,22 @@ _CONTENTS_FILE = "contents.json"
 def make_tiny_model(
     folder: Path | str, layout: str = "comfyui", seed: int = 0, dtype: str = "bfloat16"
 ) -> Path:
-    """Write a complete small model: network, text encoder, autoencoder and tokenizer, some 10 MB.
+    """Write a complete small model, some 10 MB; see `make_model`."""
+    return make_model(folder, TINY, layout, seed, dtype)
+
+
+def make_model(
+    folder: Path | str,
+    size: ModelSize,
+    layout: str = "comfyui",
+    seed: int = 0,
+    dtype: str = "bfloat16",
+) -> Path:
+    """Write a complete model: network, text encoder, autoencoder and a small tokenizer.
 
     Args:
         folder: Made if it is not there; must be empty if it is. Appears whole or not at all.
+        size: The dimensions.
         layout: ``comfyui`` (single files under ``models/``) or ``diffusers`` (component folders
             that diffusers' and transformers' own classes load too).
         seed: Same seed, same weights, whatever the layout.
@@ -99,7 +125,7 @@ def make_tiny_model(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             unfinished = Path(temporary, "model")
-            _write_model(unfinished, layout, seed, _DTYPES[dtype])
+            _write_model(unfinished, size, layout, seed, _DTYPES[dtype])
             os.replace(unfinished, folder)
     except (OSError, SafetensorError) as error:
         raise SaveError(f"{folder}: cannot write the model: {error}") from error
@@ -318,14 +344,16 @@ def _gain(module: str) -> float:
     return 0.5 if "adaLN_modulation" in module or module == "decoder.conv_out" else 1.0
 
 
-def _write_model(folder: Path, layout: str, seed: int, dtype: torch.dtype) -> None:
+def _write_model(folder: Path, size: ModelSize, layout: str, seed: int, dtype: torch.dtype) -> None:
     weights = {
-        NETWORK: initialise(zimage_shapes(TINY_NETWORK), seed),
-        TEXT_ENCODER: initialise(qwen3_shapes(TINY_TEXT_ENCODER), seed),
-        AUTOENCODER: initialise(autoencoder_shapes(TINY_AUTOENCODER), seed),
+        NETWORK: initialise(zimage_shapes(size.network), seed),
+        TEXT_ENCODER: initialise(qwen3_shapes(size.text_encoder), seed),
+        AUTOENCODER: initialise(autoencoder_shapes(size.autoencoder), seed),
     }
-    write = _write_comfyui if layout == "comfyui" else _write_diffusers
-    write(folder, weights, dtype)
+    if layout == "comfyui":
+        _write_comfyui(folder, weights, dtype)
+    else:
+        _write_diffusers(folder, weights, dtype, size)
     _write_json(folder / _CONTENTS_FILE, {"seed": seed, "sizes": _file_sizes(folder)})
 
 
@@ -344,21 +372,34 @@ def _write_comfyui(
 
 
 def _write_diffusers(
-    folder: Path, weights: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype
+    folder: Path,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    dtype: torch.dtype,
+    size: ModelSize,
 ) -> None:
-    for component, place, config in (
-        (NETWORK, "transformer/diffusion_pytorch_model.safetensors", _network_config()),
-        (TEXT_ENCODER, "text_encoder/model.safetensors", _text_encoder_config(dtype)),
-        (AUTOENCODER, "vae/diffusion_pytorch_model.safetensors", _autoencoder_config()),
+    configs = diffusers_configs(size, dtype)
+    for component, place in (
+        (NETWORK, "transformer/diffusion_pytorch_model.safetensors"),
+        (TEXT_ENCODER, "text_encoder/model.safetensors"),
+        (AUTOENCODER, "vae/diffusion_pytorch_model.safetensors"),
     ):
-        _save(_to_diffusers(component, weights[component]), folder / place, dtype)
-        _write_json((folder / place).with_name("config.json"), config)
+        _save(to_diffusers(component, weights[component]), folder / place, dtype)
+        _write_json((folder / place).with_name("config.json"), configs[component])
     _write_tokenizer(folder / "tokenizer")
     _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
     _write_json(folder / "model_index.json", _MODEL_INDEX)
 
 
-def _to_diffusers(component: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def diffusers_configs(size: ModelSize, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """The ``config.json`` of each component, as diffusers and transformers write them."""
+    return {
+        NETWORK: _network_config(size.network),
+        TEXT_ENCODER: _text_encoder_config(size.text_encoder, dtype),
+        AUTOENCODER: _autoencoder_config(size.autoencoder),
+    }
+
+
+def to_diffusers(component: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Native tensors under diffusers' names: fused rows apart, 1x1 convolutions as matrices."""
     renamed: dict[str, Tensor] = {}
     for name, names in diffusers_names(component, weights).items():
@@ -369,21 +410,21 @@ def _to_diffusers(component: str, weights: Mapping[str, Tensor]) -> dict[str, Te
     return renamed
 
 
-def _network_config() -> dict[str, Any]:
-    head = TINY_NETWORK["dim"] // TINY_NETWORK["n_heads"]
+def _network_config(size: Mapping[str, Any]) -> dict[str, Any]:
+    head = size["dim"] // size["n_heads"]
     return {
         "_class_name": "ZImageTransformer2DModel",
         "all_patch_size": [2],
         "all_f_patch_size": [1],
         "in_channels": 16,
-        "dim": TINY_NETWORK["dim"],
-        "n_layers": TINY_NETWORK["n_layers"],
-        "n_refiner_layers": TINY_NETWORK["n_refiner_layers"],
-        "n_heads": TINY_NETWORK["n_heads"],
-        "n_kv_heads": TINY_NETWORK["n_heads"],
+        "dim": size["dim"],
+        "n_layers": size["n_layers"],
+        "n_refiner_layers": size["n_refiner_layers"],
+        "n_heads": size["n_heads"],
+        "n_kv_heads": size["n_heads"],
         "norm_eps": 1e-05,
         "qk_norm": True,
-        "cap_feat_dim": TINY_NETWORK["cap_feat_dim"],
+        "cap_feat_dim": size["cap_feat_dim"],
         "rope_theta": 256.0,
         "t_scale": 1000.0,
         "axes_dims": [head // 4, head * 3 // 8, head * 3 // 8],
@@ -391,7 +432,7 @@ def _network_config() -> dict[str, Any]:
     }
 
 
-def _text_encoder_config(dtype: torch.dtype) -> dict[str, Any]:
+def _text_encoder_config(size: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "attention_bias": False,
@@ -408,23 +449,23 @@ def _text_encoder_config(dtype: torch.dtype) -> dict[str, Any]:
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
         "use_sliding_window": False,
-        **TINY_TEXT_ENCODER,
+        **size,
     }
 
 
-def _autoencoder_config() -> dict[str, Any]:
-    levels = len(TINY_AUTOENCODER["ch_mult"])
+def _autoencoder_config(size: Mapping[str, Any]) -> dict[str, Any]:
+    levels = len(size["ch_mult"])
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
-        "block_out_channels": [TINY_AUTOENCODER["ch"] * m for m in TINY_AUTOENCODER["ch_mult"]],
+        "block_out_channels": [size["ch"] * m for m in size["ch_mult"]],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "force_upcast": True,
         "in_channels": 3,
         "out_channels": 3,
-        "latent_channels": TINY_AUTOENCODER["z_channels"],
-        "layers_per_block": TINY_AUTOENCODER["num_res_blocks"],
+        "latent_channels": size["z_channels"],
+        "layers_per_block": size["num_res_blocks"],
         "mid_block_add_attention": True,
         "norm_num_groups": 32,
         "sample_size": 1024,

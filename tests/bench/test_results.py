@@ -19,7 +19,7 @@ from bench.results import (
     read_results,
     require_same_machine,
 )
-from bench.timing import percentile, ratio, summarise
+from bench.timing import percentile, ratio, summarise, summarise_rounds
 
 TIMES = st.lists(st.floats(min_value=1e-6, max_value=1e6), min_size=1, max_size=30)
 
@@ -29,7 +29,9 @@ def test_the_summary_of_a_known_sample():
     assert (found["median_ms"], found["p20_ms"], found["p80_ms"]) == (30.0, 18.0, 42.0)
     assert found["p95_ms"] == pytest.approx(48.0)
     assert found["runs"] == 5
-    assert found["all_ms"] == [50.0, 10.0, 20.0, 40.0, 30.0]
+    assert summarise_rounds([0.05, 0.01, 0.02, 0.04, 0.03]) == pytest.approx(
+        found | {"all_ms": [50.0, 10.0, 20.0, 40.0, 30.0]}
+    )
 
 
 @given(TIMES, st.floats(min_value=0, max_value=100))

@@ -1,0 +1,229 @@
+"""``python -m bench compare --baseline RIVAL``: turbo beside a rival, same weights, plan and seed.
+
+Both sides run in this run, alternating, so that a busy machine slows both; a ratio is the median
+of the rounds' own ratios. Sides marked *best* are each program's fastest setting. Pictures are
+compared too: a side whose picture is another one gets no figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.options import Subject, add_model_options, add_round_options, run_command
+from bench.results import Results
+from bench.run import measured, show
+from bench.side import MissingRivalError, Side, SideError
+from bench.turbo_side import TurboSide
+from turbo.acceleration import SpeedUps
+from turbo.plan import Plan
+
+RIVALS = ("comfyui", "diffusers", "sdcpp", "sglang")
+COLD_START_SECONDS = 1800
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = _parser()
+    given = sys.argv[2:] if arguments is None else list(arguments)
+    options = parser.parse_args(given)
+    if options.baseline not in RIVALS and not options.baseline.endswith(".json"):
+        parser.error(
+            f"--baseline must be one of {', '.join(RIVALS)} or a results file that ends in .json, "
+            f"got {options.baseline!r}"
+        )
+
+    def work() -> Results:
+        _require_rival(options)
+        subject = Subject.load(options)
+        sides = _sides(subject, given)
+        results = measured(subject, "compare", given, sides, options.rounds)
+        if options.cold_start:
+            results.data["cold_start"] = {"turbo": cold_start(options)}
+            results.write()
+        return results
+
+    return run_command(parser, work, show)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--baseline", required=True, metavar="RIVAL", help=f"{', '.join(RIVALS)} or FILE.json"
+    )
+    add_model_options(parser)
+    add_round_options(parser)
+    parser.add_argument("--only", nargs="+", metavar="SIDE", help="of the sides, by name")
+    parser.add_argument(
+        "--cold-start", action="store_true", help="also time a process of turbo's to its picture"
+    )
+    comfyui = parser.add_argument_group("comfyui")
+    comfyui.add_argument("--comfyui-url", metavar="URL", help="a running server")
+    comfyui.add_argument("--comfyui-dir", type=Path, metavar="DIR", help="an installation to start")
+    comfyui.add_argument(
+        "--comfyui-command", metavar="LINE", help="how to start one; {port} and {models} filled in"
+    )
+    comfyui.add_argument("--comfyui-python", metavar="FILE", help="the installation's interpreter")
+    comfyui.add_argument("--comfyui-flags", default="", metavar="LINE", help="added to the start")
+    others = parser.add_argument_group("sdcpp and sglang, which make one stage")
+    others.add_argument("--sdcpp", metavar="FILE", help="stable-diffusion.cpp's program")
+    others.add_argument("--sglang-url", metavar="URL", help="a server of its images API")
+    return parser
+
+
+def _require_rival(options: argparse.Namespace) -> None:
+    """Say what is missing before a model is loaded."""
+    baseline = options.baseline
+    starts = (options.comfyui_url, options.comfyui_dir, options.comfyui_command)
+    if baseline == "comfyui" and not any(starts):
+        raise MissingRivalError(
+            "which ComfyUI? give --comfyui-url of a running server, or --comfyui-dir of an "
+            "installation (with the node pack ComfyUI-EulerDiscreteScheduler) to start"
+        )
+    if baseline == "sdcpp" and not options.sdcpp:
+        raise MissingRivalError("which stable-diffusion.cpp? give --sdcpp with its program's path")
+    if baseline == "sglang" and not options.sglang_url:
+        raise MissingRivalError("which server? give --sglang-url")
+
+
+def _sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
+    """All sides of the comparison, turbo first, without those that `--only` leaves out."""
+    options = subject.options
+    made = {
+        "comfyui": _comfyui_sides,
+        "diffusers": _diffusers_sides,
+        "sdcpp": _single_stage_sides,
+        "sglang": _single_stage_sides,
+    }.get(options.baseline, _recorded_sides)(subject, arguments)
+    if not options.only:
+        return made
+    known = [side.name for side in made]
+    unknown = [name for name in options.only if name not in known]
+    if unknown:
+        raise MissingRivalError(f"there is no side {unknown[0]!r}; --only takes {', '.join(known)}")
+    return [side for side in made if side.name in options.only]
+
+
+def _diffusers_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
+    from bench.diffusers_side import DiffusersSide
+
+    exact = subject.without_easycache()
+    sides = [*_turbo_sides(subject, exact)]
+    sides += [
+        DiffusersSide(subject.loaded, exact),
+        DiffusersSide(subject.loaded, exact, compiled=True),
+    ]
+    if subject.has_easycache:
+        plan, fastest = subject.plan, _fastest(subject)
+        sides.append(_turbo_side(subject, "turbo, EasyCache", plan, fastest, approximate=True))
+    return sides
+
+
+def _comfyui_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
+    from bench.comfyui_server import Launch
+    from bench.comfyui_side import ComfyUISide
+
+    options = subject.options
+    launch = Launch(
+        folder=options.comfyui_dir,
+        command=options.comfyui_command,
+        python=options.comfyui_python,
+        device=subject.models.device.type,
+        dtype=str(subject.models.dtype).removeprefix("torch."),
+        flags=tuple(shlex.split(options.comfyui_flags)),
+    )
+    rival = ComfyUISide(
+        subject.files,
+        subject.plan,
+        url=options.comfyui_url,
+        launch=None if options.comfyui_url else launch,
+    )
+    return [*_turbo_sides(subject, subject.plan), rival]
+
+
+def _single_stage_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
+    options = subject.options
+    plan = subject.without_easycache().single_stage()
+    rival: Side
+    if options.baseline == "sdcpp":
+        from bench.sdcpp_side import SdcppSide
+
+        rival = SdcppSide(options.sdcpp, subject.files, plan)
+    else:
+        from bench.sglang_side import SglangSide
+
+        rival = SglangSide(options.sglang_url, plan)
+    return [*_turbo_sides(subject, plan), rival]
+
+
+def _recorded_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
+    from bench.recorded_side import RecordedSide
+
+    options = subject.options
+    numbers = {subject.request(n).prompt: n for n in range(options.rounds + 1)}
+    header = subject.header("compare", arguments)
+    recorded = RecordedSide(Path(options.baseline), header, options.rounds, numbers)
+    settings = recorded.settings()
+    speed_ups = SpeedUps(
+        compile=bool(settings.get("compile")),
+        capture=str(settings.get("capture", "eager")),
+        kernels=bool(settings.get("kernels")),
+        strict=True,
+    )
+    cached = subject.plan if settings.get("easycache") else subject.without_easycache()
+    return [_turbo_side(subject, "turbo", cached, speed_ups), recorded]
+
+
+def _turbo_sides(subject: Subject, plan: Plan) -> list[Side]:
+    return [
+        _turbo_side(subject, "turbo", plan, SpeedUps()),
+        _turbo_side(subject, "turbo, compiled", plan, _fastest(subject), best=True),
+    ]
+
+
+def _turbo_side(
+    subject: Subject, name: str, plan: Plan, speed_ups: SpeedUps, **marks: Any
+) -> TurboSide:
+    buckets = subject.buckets(subject.options.rounds)
+    return TurboSide(name, subject.loaded, plan, speed_ups, buckets=buckets, **marks)
+
+
+def _fastest(subject: Subject) -> SpeedUps:
+    return SpeedUps.choose(subject.models.device, compile=True, strict=True)
+
+
+def cold_start(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a whole process of turbo's: start, load, one picture on the disk.
+
+    Raises:
+        SideError: It failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="turbo-bench-") as folder:
+        command: list[Any] = [
+            sys.executable, "-m", "turbo", "generate", options.prompt, "--quiet",
+            "--negative", options.negative, "--seed", str(options.seed),
+            "--device", options.device, "--dtype", options.dtype,
+            "-o", Path(folder, "picture.png"),
+        ]  # fmt: skip
+        for flag in ("model", "tokenizer", "plan"):
+            if getattr(options, flag):
+                command += [f"--{flag}", getattr(options, flag)]
+        begin = time.perf_counter()
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=COLD_START_SECONDS
+        )
+        seconds = time.perf_counter() - begin
+    if done.returncode:
+        raise SideError(f"a process of turbo's failed: {done.stderr.strip().splitlines()[-1:]}")
+    return {"process to picture": seconds}

@@ -1,0 +1,222 @@
+"""What the measuring commands are told: model, plan, requests; and what the results say of it."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.machine import describe_machine
+from bench.results import FORMAT, Results, ResultsFileError
+from bench.side import Request, SideError
+from bench.turbo_side import LoadedModel
+from turbo.engine import pick_device, pick_dtype
+from turbo.errors import BadInputError, TurboError
+from turbo.model_files import ModelFiles
+from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
+from turbo.pipeline import Models
+from turbo.plan import DEFAULT_PLAN, ModelSettings, Plan, load_plan, plan_to_dict
+from turbo.precision import arithmetic_dtype
+from turbo.transformer import padded_length
+
+PROMPT = "a lighthouse on a cliff at dawn, waves below"
+NEGATIVE_PROMPT = "blurry, low quality"
+SAMPLED_VALUES = 1024
+"""Of a tensor, that go into a model's fingerprint."""
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What is measured."""
+    group = parser.add_argument_group("what is measured")
+    group.add_argument("--model", metavar="PATH", help="as turbo generate; default: built-in model")
+    group.add_argument("--tokenizer", metavar="FOLDER", help="if not found through the model")
+    group.add_argument("--plan", metavar="FILE.yaml", help="default: the three-stage workflow")
+    group.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    group.add_argument("--dtype", default="auto", help="default: bfloat16 on CUDA, else float32")
+    group.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    group.add_argument("--prompt", default=PROMPT, help="each round's adds its number")
+    group.add_argument("--negative", default=NEGATIVE_PROMPT)
+    group.add_argument("--seed", type=int, default=42, help="of every picture (default: 42)")
+
+
+def add_round_options(parser: argparse.ArgumentParser) -> None:
+    """How often, and where to."""
+    parser.add_argument("--rounds", type=_count, default=3, help="pictures a side (default: 3)")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE.json", help="results file; pictures beside it"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A loaded model with the plan and the requests to measure it with."""
+
+    options: argparse.Namespace
+    loaded: LoadedModel
+    plan: Plan
+
+    @property
+    def models(self) -> Models:
+        return self.loaded.engine.models
+
+    @property
+    def files(self) -> ModelFiles:
+        return self.loaded.engine.files
+
+    @classmethod
+    def load(cls, options: argparse.Namespace) -> Subject:
+        """Load what the options name.
+
+        Raises:
+            TurboError: It cannot be used.
+        """
+        if options.threads is not None:
+            if options.threads < 1:
+                raise BadInputError(f"--threads must be at least 1, got {options.threads}")
+            torch.set_num_threads(options.threads)
+        plan = load_plan(options.plan) if options.plan else DEFAULT_PLAN
+        device = pick_device(options.device)
+        loaded = LoadedModel.load(
+            options.model,
+            tokenizer=options.tokenizer,
+            device=device,
+            dtype=pick_dtype(options.dtype, device),
+            plan=plan,
+        )
+        return cls(options=options, loaded=loaded, plan=plan)
+
+    def request(self, number: int) -> Request:
+        """A round's request: with new prompts, so that no side has their features already."""
+        options = self.options
+        return Request(
+            prompt=f"{options.prompt}, take {number}",
+            negative_prompt=f"{options.negative}, take {number}",
+            seed=options.seed,
+        )
+
+    def buckets(self, rounds: int) -> tuple[int, ...]:
+        """Padded lengths of all prompts that the rounds will ask for."""
+        requests = [self.request(number) for number in range(rounds + 1)]
+        texts = [text for one in requests for text in (one.prompt, one.negative_prompt)]
+        encode = self.models.tokenizer.encode_prompt
+        return tuple(sorted({padded_length(len(encode(text))) for text in texts}))
+
+    def without_easycache(self) -> Plan:
+        """The plan with every network call made."""
+        stages = tuple(replace(stage, easycache=None) for stage in self.plan.stages)
+        return replace(self.plan, stages=stages)
+
+    @property
+    def has_easycache(self) -> bool:
+        return any(stage.easycache for stage in self.plan.resolved().stages)
+
+    @property
+    def strict(self) -> bool:
+        """Whether two exact sides must agree to rounding: they must where all is float32."""
+        return self.models.dtype == torch.float32
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What the network's matrix products are calculated in here."""
+        return arithmetic_dtype(self.models.dtype, self.models.device) or self.models.dtype
+
+    def header(self, kind: str, arguments: Sequence[str]) -> dict[str, Any]:
+        """How a results file begins."""
+        return {
+            "format": FORMAT,
+            "kind": kind,
+            "command": [kind, *(without_folders(word) for word in arguments)],
+            "machine": describe_machine(str(self.models.device)),
+            "configuration": self.configuration(),
+        }
+
+    def configuration(self) -> dict[str, Any]:
+        """Everything that the pictures depend on."""
+        options, models = self.options, self.models
+        return {
+            "model": {
+                "name": _model_name(options.model, self.files),
+                "fingerprint": fingerprint(models),
+                "parameters": {
+                    name: sum(tensor.numel() for tensor in module.parameters())
+                    for name, module in _modules(models).items()
+                },
+            },
+            "plan": plan_to_dict(replace(self.plan, model=ModelSettings())),
+            "prompt": options.prompt,
+            "negative_prompt": options.negative,
+            "seed": options.seed,
+            "dtype": str(models.dtype).removeprefix("torch."),
+            "device": models.device.type,
+            "warm_up_rounds": 1,
+        }
+
+
+def fingerprint(models: Models) -> str:
+    """A short name of the weights: of all shapes and dtypes, and of some values of each tensor."""
+    digest = hashlib.sha256()
+    for component, module in _modules(models).items():
+        for name, tensor in sorted(module.native_tensors().items()):  # type: ignore[operator]
+            step = max(1, tensor.numel() // SAMPLED_VALUES)
+            values = tensor.detach().flatten()[::step].float().cpu().numpy().tobytes()
+            shape = "x".join(map(str, tensor.shape))
+            digest.update(f"{component} {name} {shape} {tensor.dtype}\n".encode() + values)
+    return digest.hexdigest()[:16]
+
+
+def without_folders(word: str) -> str:
+    """An argument without the folders of a path in it, which are nobody's business."""
+    return word.rstrip("/").rpartition("/")[2] if word.startswith(("/", "~", "../", "./")) else word
+
+
+def run_command(
+    parser: argparse.ArgumentParser, work: Callable[[], Results], report: Callable[[Results], None]
+) -> int:
+    """Run a command's work with its errors as one line each.
+
+    Returns:
+        0; 1 if something failed; 2 for bad input, a model that does not fit the device's memory
+        included; 130 after Ctrl-C, what was measured being kept.
+    """
+    try:
+        results = work()
+    except (TurboError, ResultsFileError, SideError, torch.cuda.OutOfMemoryError) as error:
+        print(_complaint(str(error).partition("\n")[0]), file=sys.stderr)
+        return 2 if isinstance(error, ValueError) or _is_missing(error) else 1
+    report(results)
+    return 0
+
+
+def _is_missing(error: Exception) -> bool:
+    from bench.side import MissingRivalError
+
+    return isinstance(error, MissingRivalError | torch.cuda.OutOfMemoryError)
+
+
+def _complaint(message: str) -> str:
+    return f"error: {message}"
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _modules(models: Models) -> Mapping[str, torch.nn.Module]:
+    return {
+        NETWORK: models.transformer,
+        TEXT_ENCODER: models.text_encoder,
+        AUTOENCODER: models.autoencoder,
+    }
+
+
+def _model_name(given: str | None, files: ModelFiles) -> str:
+    return "built-in" if given is None else f"{Path(given).name}/{files.network.name}"

@@ -1,0 +1,121 @@
+"""A results file as a side: rounds of an earlier run on the same machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.pictures import load_picture
+from bench.results import ResultsFileError, read_results, require_same_machine
+from bench.side import Request, Round
+
+SAME = ("model", "plan", "prompt", "negative_prompt", "seed", "dtype", "device")
+
+
+class RecordedSide:
+    """One side of a results file.
+
+    Args:
+        path: The results file, of `bench run` or `bench compare`.
+        header: Of this run: machine and configuration must be those of the file.
+        rounds: How many it must hold.
+        requests: Prompt of a round -> its number.
+
+    Raises:
+        ResultsFileError: It cannot be used; says why.
+    """
+
+    in_process = False
+    best = False
+    part = ""
+
+    def __init__(
+        self, path: Path, header: Mapping[str, Any], rounds: int, requests: Mapping[str, int]
+    ) -> None:
+        data = read_results(path, ("run", "compare"))
+        require_same_machine(path, data, header["machine"])
+        _require_same(path, data.get("configuration", {}), header["configuration"])
+        program, entry = _first_side(path, data)
+        held = entry["times"]["total"]["runs"]
+        if held < rounds:
+            raise ResultsFileError(
+                f"{path}: holds {held} rounds, wanted are {rounds}; use --rounds"
+            )
+        self.approximate = bool(entry.get("approximate"))
+        self._path = path
+        self._entry = entry
+        self._requests = requests
+        self._machine = data["machine"]
+        self.name = f"{program}, recorded"
+        self._pictures = {kept["round"]: kept for kept in entry.get("pictures", [])}
+        self._picture(1)  # a file without its pictures is refused now, not after an hour
+
+    def settings(self) -> dict[str, Any]:
+        """The settings it was measured with."""
+        settings: dict[str, Any] = dict(self._entry.get("settings", {}))
+        commit, when = self._machine.get("commit"), self._machine.get("time")
+        return settings | {"recorded": {"commit": commit, "time": when, "file": self._path.name}}
+
+    def start(self) -> dict[str, float]:
+        """Nothing to start."""
+        return {}
+
+    def check(self) -> dict[str, Any]:
+        """The check that the file records."""
+        return {"recorded": self._entry["check"]}
+
+    def others(self) -> dict[str, dict[str, Any]]:
+        """Nothing besides its rounds."""
+        return {}
+
+    def paint(self, request: Request) -> Round:
+        """The round of this request, as it was."""
+        number = self._requests[request.prompt]
+        if number == 0:
+            return Round(seconds={"total": 0.0}, image=self._picture(0))
+        seconds = {
+            part: timed["all_ms"][number - 1] / 1000
+            for part, timed in self._entry["times"].items()
+            if len(timed.get("all_ms", ())) >= number
+        }
+        skips = {stage: (int(a), int(b)) for stage, (a, b) in self._entry["skips"].items()}
+        return Round(seconds=seconds, image=self._picture(number), skips=skips)
+
+    def processes(self) -> tuple[int, ...]:
+        """None."""
+        return ()
+
+    def device_memory_gib(self) -> dict[str, float] | None:
+        """None."""
+        return None
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _picture(self, number: int) -> Any:
+        if number not in self._pictures:
+            raise ResultsFileError(f"{self._path}: has no picture of round {number}; measure again")
+        return load_picture(self._path, self._pictures[number])
+
+
+def _require_same(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    for name in SAME:
+        if theirs.get(name) != ours[name]:
+            raise ResultsFileError(
+                f"{path}: was measured with another {name.replace('_', ' ')}: "
+                f"{_short(theirs.get(name))} there, {_short(ours[name])} here; give the same"
+            )
+
+
+def _first_side(path: Path, data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The side that was compared with the others."""
+    for name, entry in data.get("sides", {}).items():
+        if isinstance(entry, dict) and entry.get("times", {}).get("total", {}).get("all_ms"):
+            return name, entry
+    raise ResultsFileError(f"{path}: holds no measured round; measure again")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

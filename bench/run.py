@@ -1,0 +1,111 @@
+"""``python -m bench run``: the workflow from prompt to PNG, and each of its parts.
+
+Before anything is timed, a network call of each stage is checked against diffusers' network over
+the same weights, and the first picture must come out twice the same. Prompts are new in each round,
+so that no features are left from the round before; loading and the first picture are given apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from bench.arithmetic import PictureArithmetic
+from bench.measure import Comparison
+from bench.options import Subject, add_model_options, add_round_options, run_command
+from bench.results import Results
+from bench.setting import Setting
+from bench.side import Request, Round, Side
+from bench.table import lines_of
+from bench.turbo_side import TurboSide
+from turbo.acceleration import AUTO, SpeedUps
+
+SWITCHES: dict[str, bool | str] = {"auto": AUTO, "on": True, "off": False}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_options(parser)
+    add_round_options(parser)
+    parser.add_argument("--compile", choices=SWITCHES, default="auto", help="default: auto")
+    parser.add_argument("--capture", default="auto", help="as turbo generate; default: auto")
+    parser.add_argument("--kernels", choices=SWITCHES, default="auto", help="default: auto")
+    given = sys.argv[2:] if arguments is None else list(arguments)
+    options = parser.parse_args(given)
+
+    def work() -> Results:
+        subject = Subject.load(options)
+        speed_ups = SpeedUps.choose(
+            subject.models.device,
+            compile=SWITCHES[options.compile],
+            capture=options.capture,
+            kernels=SWITCHES[options.kernels],
+            strict=True,
+        )
+        sides: list[Side] = [
+            TurboSide(
+                "turbo",
+                subject.loaded,
+                subject.plan,
+                speed_ups,
+                buckets=subject.buckets(options.rounds),
+            )
+        ]
+        return measured(subject, "run", given, sides, options.rounds)
+
+    return run_command(parser, work, show)
+
+
+def measured(
+    subject: Subject, kind: str, arguments: Sequence[str], sides: Sequence[Side], rounds: int
+) -> Results:
+    """Measure sides on a subject and keep the results, also those of a run that ends early."""
+    options = subject.options
+    results = Results(options.output, subject.header(kind, arguments))
+    data = results.data
+    del data["parts"]
+    data["configuration"] |= {"rounds": rounds, "order": [side.name for side in sides]}
+    data["limit"] = limit_of(subject)
+    counting = PictureArithmetic(subject.models, subject.plan)
+
+    def arithmetic(request: Request, made: Round) -> dict[str, float]:
+        return counting.of(request.prompt, request.negative_prompt, made.skips)
+
+    comparison = Comparison(
+        sides, subject.request, results, arithmetic=arithmetic, strict=subject.strict
+    )
+    try:
+        comparison.run(rounds)
+        data["partial"] = False
+    except BaseException as error:
+        data["error"] = {"type": type(error).__name__, "message": str(error)[:1000]}
+        if isinstance(error, KeyboardInterrupt):
+            show(results)
+        raise
+    finally:
+        results.write()
+    return results
+
+
+def limit_of(subject: Subject) -> dict[str, Any]:
+    """The rate of a large matrix product here and now."""
+    import torch
+
+    with torch.inference_mode():
+        found = Setting(subject.models.device, dtype=subject.product_dtype).limit
+    return {**found, "dtype": str(subject.product_dtype).removeprefix("torch.")}
+
+
+def show(results: Results) -> None:
+    """Print the table."""
+    for line in lines_of(results.data):
+        print(line)
+    if results.path is not None:
+        print(f"kept in {results.path}")

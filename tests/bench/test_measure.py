@@ -1,0 +1,169 @@
+"""Sides measured in turn: order, ratios, checks, and what survives an early end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from bench.measure import Comparison
+from bench.recorded_side import RecordedSide
+from bench.results import FORMAT, Results, ResultsFileError
+from bench.side import Request, SideError
+from bench.table import lines_of
+from tests.bench.sides import FakeSide, picture
+
+MACHINE = {"id": "m1", "commit": "abc", "time": "2026-01-01T00:00:00+00:00"}
+CONFIGURATION = {
+    "model": {"fingerprint": "f"},
+    "plan": {},
+    "prompt": "p",
+    "negative_prompt": "n",
+    "seed": 5,
+    "dtype": "float32",
+    "device": "cpu",
+}
+HEADER = {"format": FORMAT, "kind": "compare", "machine": MACHINE, "configuration": CONFIGURATION}
+
+
+def request(number: int) -> Request:
+    return Request(prompt=f"p, take {number}", negative_prompt="n", seed=5)
+
+
+def compare(
+    sides: list[FakeSide], path: Path | None = None, rounds: int = 3, **options: Any
+) -> dict[str, Any]:
+    results = Results(path, HEADER)
+    Comparison(sides, request, results, say=lambda line: None, **options).run(rounds)
+    return results.data
+
+
+def test_sides_alternate_and_each_round_asks_all_for_the_same_picture():
+    order: list[str] = []
+
+    def noted(name: str) -> FakeSide:
+        def draw(asked: Request) -> Image.Image:
+            order.append(name)
+            return picture(5)
+
+        return FakeSide(name, draw=draw)
+
+    sides = [noted("a"), noted("b")]
+    compare(sides, rounds=2)
+    assert order[-4:] == ["a", "b", "a", "b"]
+    assert [asked.prompt for asked in sides[1].asked] == ["p, take 0", "p, take 1", "p, take 2"]
+
+
+def test_the_first_picture_is_no_round_and_a_ratio_is_taken_within_rounds():
+    slow_machine = {1: 99.0, 2: 99.0, 3: 2.0, 4: 2.0, 5: 20.0}
+    ours = FakeSide("ours", lambda number: slow_machine[number])
+    theirs = FakeSide("theirs", lambda number: {1: 50.0, 2: 4.0, 3: 4.0, 4: 40.0}[number])
+    found = compare([ours, theirs])
+    assert found["sides"]["ours"]["times"]["total"]["all_ms"] == [2000, 2000, 20000]
+    assert found["ratios"]["ours / theirs"]["total"]["median"] == pytest.approx(0.5)
+    assert found["sides"]["ours"]["network"]["stage1"]["calls_per_picture"] == 2
+
+
+def test_a_side_with_another_picture_gets_no_figures_and_the_others_go_on():
+    wrong = FakeSide("wrong", draw=lambda asked: picture(99))
+    right = FakeSide("right", draw=lambda asked: picture(asked.seed, shift=1))
+    found = compare([FakeSide("ours"), wrong, right])
+    assert "another picture" in found["sides"]["wrong"]["check"]["withheld"]
+    assert "times" not in found["sides"]["wrong"]
+    assert list(found["ratios"]) == ["ours / right"]
+    assert wrong.closed
+    assert any("no figures" in line for line in lines_of(found))
+
+
+def test_an_approximate_side_may_differ_but_not_as_much_as_another_seed():
+    def worse(asked: Request) -> Image.Image:
+        return picture(asked.seed, shift=20)
+
+    found = compare([FakeSide("ours"), FakeSide("approximate", draw=worse, approximate=True),
+                     FakeSide("exact", draw=worse)])  # fmt: skip
+    assert "times" in found["sides"]["approximate"]
+    assert "withheld" in found["sides"]["exact"]["check"]
+
+
+def test_a_first_side_that_is_wrong_ends_the_run():
+    with pytest.raises(SideError, match="it is broken"):
+        compare([FakeSide("ours", problem="it is broken"), FakeSide("theirs")])
+
+
+def test_one_side_alone_must_make_the_same_picture_twice():
+    pictures = iter(range(9))
+    with pytest.raises(SideError, match="made another picture"):
+        compare([FakeSide("ours", draw=lambda asked: picture(next(pictures)))])
+
+
+def test_what_was_measured_before_the_end_is_kept_and_every_side_is_closed(tmp_path: Path):
+    def interrupt(number: int) -> float:
+        if number == 4:
+            raise KeyboardInterrupt
+        return 1.0
+
+    sides = [FakeSide("ours"), FakeSide("theirs", interrupt)]
+    with pytest.raises(KeyboardInterrupt):
+        compare(sides, tmp_path / "r.json")
+    kept = json.loads((tmp_path / "r.json").read_text())
+    assert kept["partial"] is True
+    assert kept["sides"]["theirs"]["times"]["total"]["runs"] == 2
+    assert kept["ratios"]["ours / theirs"]["total"]["pairs"] == 2
+    assert all(side.closed for side in sides)
+
+
+def test_best_sides_of_two_programs_are_compared_with_each_other():
+    ours = [FakeSide("ours"), FakeSide("ours, compiled", lambda n: 1.0, best=True)]
+    theirs = [FakeSide("theirs"), FakeSide("theirs, compiled", lambda n: 2.0, best=True)]
+    sides = ours + theirs
+    found = compare(sides)
+    assert found["ratios"]["ours, compiled / theirs, compiled"]["total"]["median"] == 0.5
+
+
+# ---------------------------------------------------------------- an earlier run as a side
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    path = tmp_path / "earlier.json"
+    compare([FakeSide("ours", lambda number: 2.0)], path)
+    return path
+
+
+def recorded(path: Path, header: dict[str, Any] = HEADER, rounds: int = 3) -> RecordedSide:
+    return RecordedSide(path, header, rounds, {request(n).prompt: n for n in range(rounds + 1)})
+
+
+def test_an_earlier_run_is_compared_round_by_round(earlier: Path):
+    found = compare([FakeSide("now"), recorded(earlier)])  # type: ignore[list-item]
+    assert found["ratios"]["now / ours, recorded"]["total"] == {
+        "median": 0.5, "p20": 0.5, "p80": 0.5, "pairs": 3,
+    }  # fmt: skip
+    assert found["pictures"]["ours, recorded / now"][-1]["identical"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"machine": {"id": "m2"}}, "on another machine"),
+        ({"configuration": {**CONFIGURATION, "seed": 6}}, "another seed: 5 there, 6 here"),
+        ({"configuration": {**CONFIGURATION, "plan": {"x": 1}}}, "another plan"),
+    ],
+)
+def test_an_earlier_run_of_something_else_is_refused(
+    earlier: Path, changes: dict[str, Any], message: str
+):
+    with pytest.raises(ResultsFileError, match=message):
+        recorded(earlier, {**HEADER, **changes})
+
+
+def test_an_earlier_run_with_too_few_rounds_or_without_its_pictures_is_refused(earlier: Path):
+    with pytest.raises(ResultsFileError, match="holds 3 rounds, wanted are 4"):
+        recorded(earlier, rounds=4)
+    for kept in earlier.with_name("earlier-pictures").iterdir():
+        kept.unlink()
+    with pytest.raises(ResultsFileError, match="earlier"):
+        recorded(earlier)

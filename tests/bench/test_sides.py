@@ -1,0 +1,249 @@
+"""turbo and diffusers as sides, on the built-in model and small stages."""
+
+from __future__ import annotations
+
+import json
+import threading
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench import compare, run
+from bench.arithmetic import PictureArithmetic
+from bench.diffusers_modules import diffusers_network
+from bench.diffusers_side import DiffusersSide
+from bench.model import main as write_model
+from bench.options import fingerprint
+from bench.random_model import SMALL
+from bench.side import Request, Round, SideError
+from bench.turbo_side import LoadedModel, TurboSide
+from turbo.acceleration import SpeedUps
+from turbo.engine import Engine
+from turbo.plan import Plan, dump_plan
+
+EXACT = replace(
+    SMALL.plan, stages=tuple(replace(stage, easycache=None) for stage in SMALL.plan.stages)
+)
+REQUEST = Request(prompt="a lighthouse", negative_prompt="blurry", seed=3)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return LoadedModel.load(None, device="cpu")
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.yaml"
+    path.write_text(dump_plan(SMALL.plan))
+    return path
+
+
+def turbo_side(loaded: LoadedModel, plan: Plan = EXACT, **speed_ups: Any) -> TurboSide:
+    side = TurboSide("turbo", loaded, plan, SpeedUps(**speed_ups))
+    side.start()
+    return side
+
+
+def paint(side: Any) -> Round:
+    made: Round = side.paint(REQUEST)
+    side.close()
+    return made
+
+
+def test_diffusers_pipeline_makes_turbos_picture(loaded: LoadedModel):
+    theirs = DiffusersSide(loaded, EXACT)
+    theirs.start()
+    ours, other = paint(turbo_side(loaded)), paint(theirs)
+    torch.testing.assert_close(ours.latents["stage3"], other.latents["stage3"], atol=1e-4, rtol=0)
+    difference = np.abs(np.asarray(ours.image).astype(int) - np.asarray(other.image))
+    assert difference.max() <= 1
+    assert {"prompt", "stage1", "stage2", "stage3", "decode", "total"} <= set(other.seconds)
+    assert [len(other.network_s[stage.name]) for stage in EXACT.stages] == [4, 4, 7]
+
+
+def test_diffusers_shares_turbos_weights(loaded: LoadedModel):
+    transformer = loaded.engine.models.transformer
+    theirs = dict(diffusers_network(transformer).named_parameters())
+    ours = transformer.native_tensors()["x_embedder.weight"]
+    assert theirs["all_x_embedder.2-1.weight"].data_ptr() == ours.data_ptr()
+
+
+def test_no_sampler_thread_outlives_a_picture_that_fails(loaded: LoadedModel):
+    side = DiffusersSide(loaded, EXACT)
+    side.start()
+    before = threading.active_count()
+
+    def fail(*_: Any) -> None:
+        raise ValueError("network broken")
+
+    side._pipe.transformer.register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="network broken"):
+        side.paint(REQUEST)
+    assert threading.active_count() == before
+
+
+def test_a_round_has_every_part_every_call_and_the_picture_of_the_engine(loaded: LoadedModel):
+    made = paint(turbo_side(loaded, SMALL.plan))
+    alone = loaded.engine.generate(
+        "a lighthouse", negative_prompt="blurry", seed=3, plan=SMALL.plan
+    )
+    assert made.image.tobytes() == alone.image.tobytes()
+    assert made.skips == alone.skips
+    called = {name: len(seconds) for name, seconds in made.network_s.items()}
+    assert called == {name: wanted - saved for name, (saved, wanted) in made.skips.items()}
+    assert set(made.seconds) == {"prompt", "stage1", "stage2", "stage3", "decode", "total", "png"}
+    parts = sum(made.seconds[part] for part in set(made.seconds) - {"total", "png"})
+    assert parts <= made.seconds["total"]
+
+
+def test_wrong_arithmetic_is_found_before_anything_is_timed(loaded: LoadedModel):
+    side = turbo_side(loaded)
+    assert side.check()["stage3"]["diffusers_distance_to_float32"] < 1e-5
+    right = side._models.network
+    side._models.network = lambda *inputs: right(*inputs) * 1.01
+    with pytest.raises(SideError, match=r"a network call of stage1: check failed"):
+        side.check()
+
+
+def test_captured_sides_pass_the_same_check(loaded: LoadedModel):
+    side = turbo_side(loaded, capture="replay")
+    assert side.check()["stage2"]["distance_to_float32"] == 0
+    assert paint(side).image.tobytes() == paint(turbo_side(loaded)).image.tobytes()
+
+
+def test_skipped_calls_and_guidance_are_counted_as_they_are(loaded: LoadedModel):
+    counting = PictureArithmetic(loaded.engine.models, SMALL.plan)
+    skips = {"stage1": (0, 8), "stage2": (2, 4), "stage3": (0, 7)}
+    found = counting.of("a", "b", skips)
+    everything = counting.of("a", "b", {**skips, "stage2": (0, 4)})
+    assert found["stage2"] == everything["stage2"] / 2
+    assert found["total"] == sum(value for part, value in found.items() if part != "total")
+    assert "total" not in counting.of("a", "b", {"stage1": (0, 8)})
+
+
+def test_the_fingerprint_changes_with_any_weight(loaded: LoadedModel):
+    models = loaded.engine.models
+    before = fingerprint(models)
+    assert fingerprint(Engine.from_pretrained(device="cpu").models) == before
+    with torch.no_grad():
+        models.transformer.x_pad_token.add_(1)
+    try:
+        assert fingerprint(models) != before
+    finally:
+        with torch.no_grad():
+            models.transformer.x_pad_token.sub_(1)
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def test_run_keeps_a_whole_results_file(
+    plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "run.json"
+    code = run.main(["--plan", str(plan_file), "--rounds", "1", "-o", str(output)])
+    kept = json.loads(output.read_text())
+    side = kept["sides"]["turbo"]
+    assert (code, kept["partial"], kept["format"]) == (0, False, "turbo-bench/1")
+    assert side["check"]["repeated"]["identical"]
+    assert side["times"]["upscale to stage2"]["median_ms"] > 0
+    assert set(side["share_of_limit"]) == set(side["tflop"])
+    assert kept["command"] == [
+        "run", "--plan", "plan.yaml", "--rounds", "1", "-o", "run.json"
+    ]  # fmt: skip
+    assert "of the limit" in capsys.readouterr().out
+
+
+def test_compare_with_a_file_of_its_own(plan_file: Path, tmp_path: Path):
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    common = ["--plan", str(plan_file), "--rounds", "1"]
+    assert run.main([*common, "-o", str(first)]) == 0
+    assert compare.main([*common, "--baseline", str(first), "-o", str(second)]) == 0
+    kept = json.loads(second.read_text())
+    assert kept["pictures"]["turbo, recorded / turbo"][-1]["identical"]
+    assert kept["ratios"]["turbo / turbo, recorded"]["total"]["pairs"] == 1
+    assert compare.main([*common, "--baseline", str(first), "--seed", "7"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("baseline", "message"),
+    [
+        ("comfyui", "give --comfyui-url"),
+        ("sdcpp", "give --sdcpp"),
+        ("sglang", "give --sglang-url"),
+    ],
+)
+def test_a_rival_that_was_not_given_is_asked_for_in_one_line(
+    baseline: str, message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert compare.main(["--baseline", baseline]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--rounds", "0"],
+        ["--model", "nowhere"],
+        ["--plan", "nowhere.yaml"],
+        ["--device", "tpu"],
+        ["--dtype", "int3"],
+        ["--threads", "0"],
+    ],
+)
+def test_bad_input_ends_with_code_2_and_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+):
+    try:
+        code: Any = run.main(arguments)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_unknown_sides_and_baselines_are_refused_with_the_known_ones(
+    plan_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        compare.main(["--baseline", "photoshop"])
+    assert "must be one of comfyui, diffusers, sdcpp, sglang" in capsys.readouterr().err
+    given = ["--plan", str(plan_file), "--baseline", "diffusers", "--only", "turbo", "gimp"]
+    assert compare.main(given) == 2
+    assert "there is no side 'gimp'; --only takes turbo, turbo, compiled, diffusers" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_process_to_its_picture_is_timed(plan_file: Path):
+    options = Namespace(
+        prompt="a", negative="b", seed=1, device="cpu", dtype="auto", model=None, tokenizer=None,
+        plan=str(plan_file),
+    )  # fmt: skip
+    assert compare.cold_start(options)["process to picture"] > 0
+    options.plan = "nowhere.yaml"
+    with pytest.raises(SideError, match="nowhere"):
+        compare.cold_start(options)
+
+
+def test_the_medium_model_is_written_in_both_layouts_with_equal_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for layout in ("comfyui", "diffusers"):
+        folder = tmp_path / layout
+        assert write_model([str(folder), "--size", "tiny", "--layout", layout]) == 0
+    prints = [
+        fingerprint(Engine.from_pretrained(tmp_path / layout, device="cpu").models)
+        for layout in ("comfyui", "diffusers")
+    ]
+    assert prints[0] == prints[1]
+    with pytest.raises(SystemExit):
+        write_model([str(tmp_path / "comfyui"), "--size", "tiny"])
