@@ -10,6 +10,7 @@ COMMANDS = {
     "compare": "the workflow beside a rival's, in the same run",
     "model": "write a model of random weights to measure with",
     "device": "all GPU checks and measurements in one results file",
+    "report": "a page and PNG charts of results files",
 }
 
 

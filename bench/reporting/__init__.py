@@ -1,0 +1,1 @@
+"""The page and the charts that ``bench report`` makes of results files."""
