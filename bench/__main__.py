@@ -11,6 +11,7 @@ COMMANDS = {
     "model": "write a model of random weights to measure with",
     "device": "all GPU checks and measurements in one results file",
     "report": "a page and PNG charts of results files",
+    "export": "the figures for other tools, such as github-action-benchmark",
 }
 
 

@@ -1,0 +1,106 @@
+"""``python -m bench export``: the figures of a results file in another tool's form.
+
+``--github-action`` writes what benchmark-action/github-action-benchmark reads as
+``customSmallerIsBetter``: a list of ``{name, unit, value, range, extra}``. That action takes two
+figures of one name for comparable, so the machine's id is part of every name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.reporting.files import ResultsFile, Side
+from bench.results import ResultsFileError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m bench export", description=__doc__)
+    parser.add_argument("results", type=Path, help="results file of `run` or `compare`")
+    parser.add_argument("--github-action", action="store_true", required=True,
+                        help="as customSmallerIsBetter of github-action-benchmark")  # fmt: skip
+    parser.add_argument("-o", "--output", type=Path, help="file to write (default: the terminal)")
+    options = parser.parse_args(arguments)
+    try:
+        file = ResultsFile.read(options.results, "run", "compare")
+        entries = [*github_action(file)]
+        if not entries:
+            raise ResultsFileError(f"{file.path}: no side has figures; nothing was exported")
+    except ResultsFileError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for side in file.sides:
+        if side.withheld is not None:
+            print(f"left out: {side.name}: {side.withheld}", file=sys.stderr)
+    written = json.dumps(entries, indent=1) + "\n"
+    if options.output is None:
+        print(written, end="")
+        return 0
+    try:
+        options.output.write_text(written, encoding="utf-8")
+    except OSError as error:
+        print(f"error: {options.output}: cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def github_action(file: ResultsFile) -> Iterator[dict[str, Any]]:
+    """Entries of every side that has figures: its times, then its memory.
+
+    Raises:
+        ResultsFileError: The file is partial: its medians are of fewer rounds than they should be.
+    """
+    if file.partial:
+        raise ResultsFileError(f"{file.path}: is of a run that ended early; measure again")
+    for side in file.measured:
+        yield from _times(file, side)
+        yield from _memory(file, side)
+
+
+def _times(file: ResultsFile, side: Side) -> Iterator[dict[str, Any]]:
+    for part, summary in side.times.items():
+        if "median_ms" in summary:
+            low, high = f"{summary['p20_ms']:.6g}", f"{summary['p80_ms']:.6g}"
+            runs = f"runs: {summary['runs']}\n" if "runs" in summary else ""
+            yield _entry(file, side, part, "ms", summary["median_ms"]) | {
+                "range": f"p20 {low} .. p80 {high}",
+                "extra": runs + _extra(file, side),
+            }
+
+
+def _memory(file: ResultsFile, side: Side) -> Iterator[dict[str, Any]]:
+    for name, gib in _peaks_gib(side.entry("memory")):
+        yield _entry(file, side, name, "GiB", gib) | {"extra": _extra(file, side)}
+
+
+def _peaks_gib(memory: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    if memory.get("host_peak_gib") is not None:
+        yield "host memory", memory["host_peak_gib"]
+    for stage, entry in (memory.get("device") or {}).items():
+        for kind in ("allocated", "reserved"):
+            gib = (entry or {}).get(f"{kind}_gib")
+            if gib is not None:
+                yield f"{stage}, device memory {kind}", gib
+
+
+def _entry(file: ResultsFile, side: Side, name: str, unit: str, value: float) -> dict[str, Any]:
+    identity = file.machine["id"]
+    return {"name": f"{side.name} / {name} [{identity}]", "unit": unit, "value": value}
+
+
+def _extra(file: ResultsFile, side: Side) -> str:
+    """What a reader of the action's chart sees beside a point."""
+    machine = file.machine
+    kind = "approximate" if side.data.get("approximate") else "exact"
+    facts = [
+        f"commit: {machine.get('commit') or 'not known'}",
+        f"machine: {machine.get('processor') or 'not known'}, {machine.get('threads')} threads",
+        f"GPU: {machine['gpu'].get('name')}" if "gpu" in machine else None,
+        f"configuration: {file.title.rpartition(' (')[0] or 'not known'}, {kind}",
+    ]
+    return "\n".join(fact for fact in facts if fact)
