@@ -50,7 +50,7 @@ def _figure(file: ResultsFile) -> Markup:
     }
     offered = data.get("offered", {})
     return figure(
-        f"{number(offered.get('rate_per_s'))} requests a second offered: {file.title}",
+        f"{number(offered.get('rate_per_s'))} requests/s offered: {file.title}",
         tag("p", _sentence(file)),
         _warnings(file),
         table(["", *(f"p{at}" for at in PERCENTS), "largest"], _percentiles(columns)),

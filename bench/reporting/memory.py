@@ -57,7 +57,7 @@ def _timelines(sides: Sequence[Side]) -> Markup:
     """A chart a side, all on one scale."""
     points = {side.name: side.entry("memory")["timeline"] for side in sides}
     every = [point for line in points.values() for point in line]
-    parts = list(dict.fromkeys(part for *_, part in every if part is not None))
+    parts = list(dict.fromkeys(part for *_, part in every if part))
     colours = part_colours([part for part in parts if part not in OUTSIDE_TOTAL])
     end = max(when for when, *_ in every)
     top = max((value for _, *pair, _ in every for value in pair if value is not None), default=1.0)
@@ -96,7 +96,7 @@ def _stretches(points: Sequence[Sequence[Any]], colours: Mapping[str, str]) -> l
     found: list[Band] = []
     for at, (when, _, _, part) in enumerate(points):
         end = points[at + 1][0] if at + 1 < len(points) else when
-        if part is None:
+        if not part:
             continue
         if found and found[-1].name == part and found[-1].end == when:
             found[-1] = replace(found[-1], end=end)

@@ -31,6 +31,7 @@ COLOURS = {
 """Those of the page's light half, each with that of text on it."""
 WIDTH_INCHES, DPI = 8.2, 200
 ROW_INCHES, HEAD_INCHES = 0.6, 0.75
+MOST_LETTERS = {"title": 46, "side": 28, "label": 52, "part": 14}
 LETTER_SHARE = 0.014
 """Of the longest bar's width: what a letter of a label in a bar needs."""
 
@@ -81,10 +82,16 @@ def _write(path: Path, panels: Sequence[tuple[ResultsFile, Sequence[Side]]], dra
         pyplot.close(drawing)
 
 
+def _short(text: str, most: int) -> str:
+    """A text that leaves room for the bars, whatever a results file calls its sides."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def _title(file: ResultsFile) -> str:
     gpu = file.machine.get("gpu", {}).get("name")
     facts = [file.title.rpartition(" (")[0], gpu or file.machine.get("processor")]
-    return ", ".join(str(fact) for fact in facts if fact) + ": seconds a picture, median"
+    shown = ", ".join(str(fact) for fact in facts if fact)
+    return _short(shown, MOST_LETTERS["title"]) + ": seconds a picture, median"
 
 
 def _tidy(axis: Any, sides: Sequence[Side]) -> None:
@@ -100,7 +107,8 @@ def _tidy(axis: Any, sides: Sequence[Side]) -> None:
 
 def _marked(side: Side) -> str:
     kind = "approximate" if side.data.get("approximate") else "exact"
-    return f"{side.name}\n{kind}{', its best' if side.data.get('best') else ''}"
+    best = ", its best" if side.data.get("best") else ""
+    return f"{_short(side.name, MOST_LETTERS['side'])}\n{kind}{best}"
 
 
 def _stages(axis: Any, file: ResultsFile, sides: Sequence[Side]) -> None:
@@ -119,11 +127,15 @@ def _stages(axis: Any, file: ResultsFile, sides: Sequence[Side]) -> None:
                           va="center", fontsize=8)  # fmt: skip
             begin += ms
         _label(axis, at, begin, [milliseconds(side.total_ms), *ratio_sentences(file, side)])
-    swatches = [axis.barh(0, 0, color=COLOURS[colours[name]][0], label=name) for name in names]
-    axis.legend(
+    swatches = [
+        axis.barh(0, 0, color=COLOURS[colours[name]][0], label=_short(name, MOST_LETTERS["part"]))
+        for name in names
+    ]
+    legend = axis.legend(
         handles=swatches, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(names), fontsize=8,
         frameon=False, borderaxespad=0, handlelength=1, handleheight=1, columnspacing=1.2,
     )  # fmt: skip
+    legend.set_in_layout(False)  # many parts must not push the bars aside
 
 
 def _ladder(axis: Any, file: ResultsFile, sides: Sequence[Side]) -> None:
@@ -144,5 +156,6 @@ def _ladder(axis: Any, file: ResultsFile, sides: Sequence[Side]) -> None:
 
 
 def _label(axis: Any, at: int, end: float, lines: Sequence[str]) -> None:
-    axis.annotate("\n".join(lines), (end, at), xytext=(6, 0), textcoords="offset points",
+    shown = "\n".join(_short(line, MOST_LETTERS["label"]) for line in lines)
+    axis.annotate(shown, (end, at), xytext=(6, 0), textcoords="offset points",
                   va="center", fontsize=8, color=INK)  # fmt: skip

@@ -173,6 +173,15 @@ def test_a_rung_with_other_rounds_than_the_first_has_no_ratio(tmp_path: Path):
     assert rung_ratio(file, rungs[1], rungs[0]) is None
 
 
+def test_memory_is_drawn_with_the_parts_that_have_a_name(tmp_path: Path):
+    made = page_of(
+        samples.write(tmp_path, "c.json", samples.compare(tmp_path, pictures=False, gpu=True))
+    )
+    bands = [given for name, given in made.elements if given.get("class") == "band"]
+    assert len(bands) == len(samples.SECONDS) * len(samples.PARTS)
+    assert "turbo stage3 2.2 14.8" in made.text  # side, part, highest host, highest device
+
+
 def history_of(folder: Path, *runs: dict[str, Any]) -> Page:
     return page_of(*(samples.write(folder, f"{at}.json", run) for at, run in enumerate(runs)))
 
@@ -413,6 +422,12 @@ def test_a_chart_without_data_is_named_and_not_written(
     assert main([str(path), "--charts", str(tmp_path / "charts")]) == 0
     assert "no stages.png: no run or compare file has figures" in capsys.readouterr().err
     assert [*(tmp_path / "charts").iterdir()] == []
+
+
+def test_charts_of_long_names_have_room_for_their_bars(tmp_path: Path):
+    # A layout without room is a warning, which the tests take for an error.
+    assert main([*map(str, poisoned_files(tmp_path)), "--charts", str(tmp_path / "charts")]) == 0
+    assert len([*(tmp_path / "charts").iterdir()]) == 2
 
 
 def broken(folder: Path, **changes: Any) -> Path:
