@@ -12,6 +12,7 @@ COMMANDS = {
     "device": "all GPU checks and measurements in one results file",
     "report": "a page and PNG charts of results files",
     "export": "the figures for other tools, such as github-action-benchmark",
+    "load": "requests at random times: latency, queue, throughput, errors",
 }
 
 
