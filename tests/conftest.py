@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["bench.pytest_benchmarks"]
+"""Adds ``--benchmark``."""
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

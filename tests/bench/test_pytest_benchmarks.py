@@ -1,0 +1,321 @@
+"""``pytest --benchmark`` on a small project whose benchmarks are timed by a fake clock."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.machine import describe_machine
+from bench.saved_runs import Baseline, Judgement, SavedRuns
+from tests.conftest import REPOSITORY
+
+pytest_plugins = ["pytester"]
+
+CLOCK = """
+now = 0.0
+
+def read():
+    return now
+
+def work(seconds):
+    global now
+    now += seconds
+"""
+BENCHMARK = """
+import json, pathlib
+import fake_clock
+
+SECONDS = json.loads(pathlib.Path("seconds.json").read_text())
+
+def test_steady(benchmark):
+    benchmark.pedantic(fake_clock.work, args=(1.0,), rounds=5)
+
+def test_planted(benchmark):
+    times = iter(SECONDS["planted"])
+    benchmark.extra_info["stage1"] = 0.25
+    benchmark.pedantic(lambda: fake_clock.work(next(times)), rounds=5)
+    assert SECONDS["right"]
+"""
+OTHER = """
+def test_other():
+    pass
+"""
+
+
+class Project:
+    """A project with benchmarks; each run takes as long as it is told."""
+
+    def __init__(self, pytester: pytest.Pytester) -> None:
+        self.pytester = pytester
+        pytester.syspathinsert()
+        pytester.makepyfile(fake_clock=CLOCK)
+        pytester.makeini("[pytest]\ntestpaths = tests\naddopts = -q --benchmark-disable\n")
+        for name, text in {
+            "tests/test_other.py": OTHER,
+            "tests/benchmarks/test_one.py": BENCHMARK,
+        }.items():
+            path = pytester.path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    def run(
+        self,
+        *arguments: str,
+        planted: float = 1.0,
+        times: list[float] | None = None,
+        right: bool = True,
+        flag: str = "--benchmark",
+    ) -> pytest.RunResult:
+        seconds = {"planted": times or [planted] * 5, "right": right}
+        (self.pytester.path / "seconds.json").write_text(json.dumps(seconds))
+        return self.pytester.runpytest_inprocess(
+            "-p", "bench.pytest_benchmarks", flag, "--benchmark-timer=fake_clock.read", *arguments
+        )
+
+    @property
+    def folder(self) -> Path:
+        return self.pytester.path / ".benchmarks" / describe_machine()["id"]
+
+    def saved(self) -> list[Path]:
+        return sorted(self.folder.glob("*.json"))
+
+    def verdicts(self, number: int) -> dict[str, str]:
+        """Benchmark -> what a saved run says about it."""
+        entries = json.loads(self.saved()[number].read_text())["benchmarks"]
+        return {entry["name"]: entry["extra_info"]["verdict"] for entry in entries}
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester) -> Project:
+    return Project(pytester)
+
+
+def test_a_planted_slowdown_of_20_percent_fails(project: Project):
+    assert project.run().ret == 0
+    result = project.run(planted=1.2)
+    assert result.ret == 1
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(
+        ["*slower: 1200 ms is 20.0% slower than 1000 ms of 0001_*.json, allowed are 10%*"]
+    )
+
+
+def test_a_planted_slowdown_of_3_percent_passes(project: Project):
+    assert project.run().ret == 0
+    result = project.run(planted=1.03)
+    assert result.ret == 0
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["*test_planted: passed: 1030 ms is 3.0% slower than 1000 ms*"])
+
+
+def test_the_median_counts_and_not_one_slow_round(project: Project):
+    project.run()
+    assert project.run(times=[1.0, 9.0, 1.0, 9.0, 1.0]).ret == 0
+    assert project.run(times=[1.0, 1.2, 1.2, 1.2, 1.0]).ret == 1
+
+
+@pytest.mark.parametrize(("tolerance", "code"), [("2", 1), ("30", 0), ("0", 1)])
+def test_the_tolerance_is_a_percentage(project: Project, tolerance: str, code: int):
+    project.run()
+    assert project.run("--benchmark-tolerance", tolerance, planted=1.03).ret == code
+
+
+def test_a_first_run_says_so_and_passes(project: Project):
+    result = project.run()
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(
+        [
+            f"benchmark: 2 benchmarks of tests/benchmarks on *machine {describe_machine()['id']}*",
+            "benchmark: no earlier run of this machine to compare with: all pass",
+            "*test_planted: first: 1000 ms, nothing saved to compare with",
+            "saved as .benchmarks/*/0001_*.json",
+        ]
+    )
+
+
+def test_a_slow_run_is_saved_but_not_compared_with(project: Project):
+    project.run()
+    for number in (1, 2):
+        assert project.run(planted=1.2).ret == 1
+        assert project.verdicts(number) == {"test_steady": "passed", "test_planted": "slower"}
+    assert project.run(planted=1.05).ret == 0
+
+
+def test_a_slowdown_is_accepted_by_a_run_with_a_larger_tolerance(project: Project):
+    project.run()
+    assert project.run(planted=1.2).ret == 1
+    assert project.run("--benchmark-tolerance=25", planted=1.2).ret == 0
+    assert project.run(planted=1.2).ret == 0
+    assert project.run(planted=1.5).ret == 1
+
+
+def test_a_run_of_one_benchmark_hides_no_other_from_the_next(project: Project):
+    project.run()
+    assert project.run("-k", "steady").ret == 0
+    assert project.run(planted=1.2).ret == 1
+
+
+def test_a_benchmark_whose_check_fails_leaves_no_number(project: Project):
+    project.run()
+    result = project.run(planted=0.1, right=False)
+    result.assert_outcomes(passed=1, failed=1)
+    assert project.verdicts(1) == {"test_steady": "passed"}
+    assert project.run(planted=1.0).ret == 0
+
+
+def test_a_run_holds_machine_versions_and_extra_information(project: Project):
+    project.run()
+    [path] = project.saved()
+    data = json.loads(path.read_text())
+    assert data["machine_info"]["id"] == describe_machine()["id"]
+    assert data["machine_info"]["torch"] == describe_machine()["torch"]
+    assert "node" not in data["machine_info"]
+    planted = data["benchmarks"][1]
+    assert planted["extra_info"] == {"stage1": 0.25, "verdict": "first"}
+    assert planted["stats"]["data"] == [1.0] * 5
+
+
+def test_runs_of_another_machine_are_ignored_and_said(project: Project):
+    project.run(planted=0.5)
+    project.folder.rename(project.folder.with_name("another"))
+    result = project.run(planted=1.0)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(
+        ["benchmark: 1 saved runs of another machine (another): ignored", "*all pass"]
+    )
+
+
+def test_a_run_of_another_machine_in_this_ones_folder_is_ignored_and_named(project: Project):
+    project.run(planted=0.5)
+    [path] = project.saved()
+    data = json.loads(path.read_text())
+    data["machine_info"]["id"] = "another"
+    path.write_text(json.dumps(data))
+    result = project.run(planted=1.0)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines([f"benchmark: */{path.name} is of another machine*ignored"])
+
+
+def test_a_run_with_other_threads_is_ignored_and_named(project: Project):
+    project.run(planted=0.5)
+    [path] = project.saved()
+    data = json.loads(path.read_text())
+    data["machine_info"]["threads"] += 7
+    path.write_text(json.dumps(data))
+    result = project.run(planted=1.0)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["*was measured with * threads, here are *: ignored"])
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ('{"benchm', "is no whole JSON file"),
+        ("\x00", "is no whole JSON file"),
+        ("[" * 100_000, "is no whole JSON file"),
+        ("[]", "is no run of these benchmarks"),
+        ("{}", "is no run of these benchmarks"),
+        ('{"machine_info": {"id": 1, "threads": 1}, "benchmarks": [1]}', "is no run of these"),
+    ],
+)
+def test_a_damaged_file_is_named_and_the_one_before_it_serves(
+    project: Project, content: str, why: str
+):
+    project.run()
+    (project.folder / "0002_damaged.json").write_text(content)
+    result = project.run(planted=1.2)
+    assert result.ret == 1
+    result.stdout.fnmatch_lines([f"benchmark: */0002_damaged.json {why}*: ignored"])
+    assert [path.name[:4] for path in project.saved()] == ["0001", "0002", "0003"]
+
+
+@pytest.mark.parametrize("median", ["NaN", "0", "-1", "true", '"1"', "Infinity"])
+def test_a_saved_median_that_is_no_time_is_not_believed(project: Project, median: str):
+    project.run()
+    [path] = project.saved()
+    data = json.loads(path.read_text())
+    data["benchmarks"][1]["stats"]["median"] = json.loads(median)
+    path.write_text(json.dumps(data))
+    result = project.run()
+    result.stdout.fnmatch_lines(["*is no run of these benchmarks: ignored"])
+
+
+def test_without_the_flag_no_benchmark_is_collected(project: Project):
+    result = project.run(flag="--verbose")
+    result.assert_outcomes(passed=1)
+    assert not project.saved()
+
+
+def test_without_the_flag_a_benchmark_asked_for_by_name_says_what_to_give(project: Project):
+    result = project.run("tests/benchmarks", "-rs", flag="--verbose")
+    result.assert_outcomes(skipped=2)
+    result.stdout.fnmatch_lines(["*give --benchmark to run it*"])
+
+
+def test_with_the_flag_other_tests_are_left_out(project: Project):
+    project.run().assert_outcomes(passed=2)
+    project.run("tests").assert_outcomes(passed=2, deselected=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmark-tolerance", "-1"], "must be a percentage of at least 0, got '-1'"),
+        (["--benchmark-tolerance", "nan"], "must be a percentage of at least 0, got 'nan'"),
+        (["--benchmark-skip"], "--benchmark runs what --benchmark-skip leaves out"),
+        (["--benchmark-storage", "elasticsearch+http://x"], "saves to a folder"),
+        (["--bench"], "unrecognized arguments: --bench"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(project: Project, arguments: list[str], message: str):
+    result = project.run(*arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert message in result.stderr.str() + result.stdout.str()
+
+
+def test_a_tolerance_without_the_flag_is_refused(project: Project):
+    result = project.run("--benchmark-tolerance=5", flag="--verbose")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "--benchmark-tolerance needs --benchmark" in result.stderr.str()
+
+
+def test_a_project_without_benchmarks_is_told_so(project: Project):
+    (project.pytester.path / "tests" / "benchmarks").rename(project.pytester.path / "elsewhere")
+    result = project.run()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "there is no folder" in result.stderr.str()
+
+
+@pytest.mark.parametrize("command", [["pytest"], ["python", "-m", "pytest"]])
+def test_the_flag_is_known_in_this_repository(pytester, monkeypatch, command: list[str]):
+    import sys
+
+    monkeypatch.chdir(REPOSITORY)
+    program = Path(sys.executable).parent
+    first = [sys.executable, "-m", "pytest"] if command[0] == "python" else None
+    script = [sys.executable, "-c", "import pytest, sys; sys.exit(pytest.console_main())"]
+    result = pytester.run(*(first or script), "--benchmark", "--collect-only", "-q")
+    assert program.is_dir()
+    assert result.ret == 0
+    assert "tests/benchmarks/test_" in result.stdout.str()
+    assert "tests/bench/" not in result.stdout.str()
+
+
+# Judging.
+
+
+@pytest.mark.parametrize(
+    ("median_s", "verdict"), [(1.1, "passed"), (1.1000001, "slower"), (0.1, "passed")]
+)
+def test_the_limit_itself_still_passes(median_s: float, verdict: str):
+    assert Judgement(median_s, Baseline(1.0, "a"), 0.1).verdict == verdict
+
+
+def test_two_runs_at_once_do_not_write_over_each_other(tmp_path: Path):
+    machine = {"id": "here", "threads": 1}
+    one, other = SavedRuns(tmp_path, machine), SavedRuns(tmp_path, machine)
+    paths = [one.save("{}", "abc"), other.save("{}", "abc"), one.save("{}", "a/b c")]
+    assert [path.name for path in paths] == ["0001_abc.json", "0002_abc.json", "0003_abc.json"]
+    assert len(list((tmp_path / "here").iterdir())) == 3
