@@ -62,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if option.benchmark_tolerance is not None:
             raise pytest.UsageError("--benchmark-tolerance needs --benchmark")
         return
-    if not config.pluginmanager.hasplugin("benchmark"):
+    if not hasattr(option, "benchmark_disable"):
         raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install pytest-benchmark")
     if option.benchmark_skip:
         raise pytest.UsageError("--benchmark runs what --benchmark-skip leaves out; give one")
@@ -74,6 +74,8 @@ def pytest_configure(config: pytest.Config) -> None:
     option.benchmark_disable = False  # which the settings of the other tests ask for
     option.benchmark_columns = option.benchmark_columns or ["median", "iqr", "min", "max", "rounds"]
     option.verbose += 2  # those settings are quiet too; here each benchmark is named as it runs
+    # A check that fails before anything is timed is one failure, not one and a warning about it.
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
     config.pluginmanager.register(Benchmarks(config), "turbo-benchmarks")
 
 
@@ -125,9 +127,9 @@ class Benchmarks:
         """Say what is run, where, and what it is compared with."""
         machine = self._machine
         lines = [
-            f"{len(session.items)} benchmarks of {FOLDER} on {self._device}, {machine['threads']} "
-            f"threads, machine {machine['id']}; a median more than {100 * self._tolerance:g}% above "
-            "the newest saved one fails",
+            f"{len(session.items)} benchmarks of {FOLDER} on {self._device}, "
+            f"{machine['threads']} threads, machine {machine['id']}",
+            f"a median more than {100 * self._tolerance:g}% above the newest saved one fails",
             *self._saved.remarks,
         ]
         if not self._saved.baselines:
@@ -156,7 +158,7 @@ class Benchmarks:
         good = [one for one in measured if one.fullname in self._judged]
         if not good:
             return
-        from pytest_benchmark.utils import safe_dumps
+        from pytest_benchmark import utils
 
         hook = session.config.hook
         output = hook.pytest_benchmark_generate_json(
@@ -166,7 +168,8 @@ class Benchmarks:
             machine_info=self._machine,
             commit_info=hook.pytest_benchmark_generate_commit_info(config=session.config),
         )
-        self._file = self._saved.save(safe_dumps(output, indent=1), self._machine["commit"] or "")
+        text: str = utils.safe_dumps(output, indent=1)  # type: ignore[no-untyped-call]
+        self._file = self._saved.save(text, self._machine["commit"] or "")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Each benchmark beside its saved median."""

@@ -1,9 +1,9 @@
 """Runs of the benchmarks on disk, and whether a new median is slower than the saved one.
 
-A run is a file ``STORAGE/<machine id>/NNNN_<commit>.json`` in pytest-benchmark's own format, so that
-its tools read it too. Each benchmark in it carries a verdict. What a new median is held against is
-the newest saved result of that benchmark on the same machine that was not itself found slower: a
-slow run is kept, but never becomes what later ones are measured by.
+A run is a file ``STORAGE/<machine id>/NNNN_<commit>.json`` in pytest-benchmark's own format, so
+that its tools read it too. Each benchmark in it carries a verdict. What a new median is held
+against is the newest saved result of that benchmark on the same machine that was not itself found
+slower: a slow run is kept, but never becomes what later ones are measured by.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class SavedRuns:
         self.remarks: list[str] = []
         """A line for everything that was passed over."""
         self._machine = machine
-        self._folder = storage / machine["id"]
+        self._folder = Path(storage, machine["id"])
         self._note_other_machines(storage)
         for path in sorted(self._files(), key=_number_of):
             self._read(path)

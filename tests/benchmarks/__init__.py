@@ -1,0 +1,1 @@
+"""Benchmarks: run by ``pytest --benchmark`` alone; see `bench.pytest_benchmarks`."""
