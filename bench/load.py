@@ -129,7 +129,7 @@ def table(data: dict[str, Any]) -> Iterator[str]:
         values = (percentile(summary["all_ms"], percent) for percent in PERCENTS)
         yield f"{name:10}" + "".join(f"{value:12.1f}" for value in values)
     for message, count in data["errors"].items():
-        yield f"error, {count} times: {message}"
+        yield f"error: {message} ({count} of {asked} requests)"
     late = data["late"]
     if late["share"]:
         yield (

@@ -155,10 +155,11 @@ class EngineTarget:
             image = self._paint(record.number)
         except _Stopped:
             return
-        record.done_s = self._clock.now()
+        done = self._clock.now()
         self._distinct.note(image)
         if self._first is None:
             self._first = record.number, image
+        record.done_s = done  # last: from here on the run may be over
 
     def _paint(self, number: int) -> Image.Image:
         seed = (self._seed + number) % 2**64

@@ -62,19 +62,19 @@ class Judgement:
 
     def __str__(self) -> str:
         if self.baseline is None:
-            return f"{milliseconds(self.median_s)}, nothing saved to compare with"
+            return f"{shown(self.median_s)}, nothing saved to compare with"
         assert self.change is not None
         side = "slower" if self.change > 0 else "faster"
         allowed = f", allowed are {100 * self.tolerance:g}%" * (self.verdict == SLOWER)
         return (
-            f"{milliseconds(self.median_s)} is {abs(self.change):.1%} {side} than "
-            f"{milliseconds(self.baseline.median_s)} of {self.baseline.file}{allowed}"
+            f"{shown(self.median_s)} is {abs(self.change):.1%} {side} than "
+            f"{shown(self.baseline.median_s)} of {self.baseline.file}{allowed}"
         )
 
 
-def milliseconds(seconds: float) -> str:
+def shown(seconds: float) -> str:
     """A time with four digits."""
-    return f"{1000 * seconds:.4g} ms"
+    return f"{seconds:.4g} s" if seconds >= 1 else f"{1000 * seconds:.4g} ms"
 
 
 class SavedRuns:

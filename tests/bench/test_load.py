@@ -298,7 +298,7 @@ def test_an_error_is_counted_by_its_message_and_the_run_goes_on(
     assert code == 0
     assert {text.lower(): count for text, count in data["errors"].items()} == {message.lower(): 1}
     assert data["completed"] == len(data["requests"]) - 1
-    assert "error, 1 times" in capsys.readouterr().out
+    assert f"(1 of {len(data['requests'])} requests)" in capsys.readouterr().out
 
 
 def test_a_truncated_picture_is_an_error(server, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 import turbo.engine  # noqa: F401  (kept imported: a run in this process forgets what it imports)
 from bench.machine import describe_machine, machine_id
-from bench.saved_runs import Baseline, Judgement, SavedRuns
+from bench.saved_runs import Baseline, Judgement, SavedRuns, shown
 from tests.conftest import REPOSITORY
 
 pytest_plugins = ["pytester"]
@@ -109,7 +109,7 @@ def test_a_planted_slowdown_of_20_percent_fails(project: Project):
     assert result.ret == 1
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
-        ["*slower: 1200 ms is 20.0% slower than 1000 ms of 0001_*.json, allowed are 10%*"]
+        ["*slower: 1.2 s is 20.0% slower than 1 s of 0001_*.json, allowed are 10%*"]
     )
 
 
@@ -118,7 +118,7 @@ def test_a_planted_slowdown_of_3_percent_passes(project: Project):
     result = project.run(planted=1.03)
     assert result.ret == 0
     result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines(["*test_planted: passed: 1030 ms is 3.0% slower than 1000 ms*"])
+    result.stdout.fnmatch_lines(["*test_planted: passed: 1.03 s is 3.0% slower than 1 s of*"])
 
 
 def test_the_median_counts_and_not_one_slow_round(project: Project):
@@ -140,7 +140,7 @@ def test_a_first_run_says_so_and_passes(project: Project):
         [
             f"benchmark: 2 benchmarks of tests/benchmarks on *machine {describe_machine()['id']}*",
             "benchmark: no earlier run of this machine to compare with: all pass",
-            "*test_planted: first: 1000 ms, nothing saved to compare with",
+            "*test_planted: first: 1 s, nothing saved to compare with",
             "saved as .benchmarks/*/0001_*.json",
         ]
     )
@@ -335,6 +335,13 @@ def test_the_flag_is_known_in_this_repository(command: str):
 )
 def test_the_limit_itself_still_passes(median_s: float, verdict: str):
     assert Judgement(median_s, Baseline(1.0, "a"), 0.1).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.00012, "0.12 ms"), (0.9, "900 ms"), (57.3171, "57.32 s")]
+)
+def test_times_are_shown_in_a_fitting_unit(seconds: float, text: str):
+    assert shown(seconds) == text
 
 
 def test_two_runs_at_once_do_not_write_over_each_other(tmp_path: Path):
