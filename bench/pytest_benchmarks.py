@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,9 @@ class Benchmarks:
             f"a median more than {100 * self._tolerance:g}% above the newest saved one fails",
             *self._saved.remarks,
         ]
+        load, cores = os.getloadavg()[0], machine["cores"]
+        if load > cores:
+            lines.append(f"others work on this machine ({load:.1f} on {cores} cores): times vary")
         if not self._saved.baselines:
             lines.append("no earlier run of this machine to compare with: all pass")
         for line in lines:

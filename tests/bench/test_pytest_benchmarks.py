@@ -146,6 +146,18 @@ def test_a_first_run_says_so_and_passes(project: Project):
     )
 
 
+def test_a_busy_machine_is_pointed_out(project: Project, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (1e4, 0.0, 0.0))
+    project.run().stdout.fnmatch_lines(["benchmark: others work on this machine (10000.0 on *"])
+    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0.0, 0.0))
+    project.run().stdout.no_fnmatch_line("*others work*")
+
+
+def test_the_flags_cost_other_tests_no_import_of_pytorch():
+    code = "import sys, bench.pytest_benchmarks; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
 def test_a_slow_run_is_saved_but_not_compared_with(project: Project):
     project.run()
     for number in (1, 2):
