@@ -36,6 +36,9 @@ CANCEL_TIMEOUT = 5.0
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with a node id, its step (from 1) and its number of steps."""
+EventCallback = Callable[[Mapping[str, Any], float], None]
+"""Called with an event of this workflow's run, as the WebSocket brings it, and with the moment at
+which it came, in seconds of `time.perf_counter`."""
 
 
 @dataclass(slots=True)
@@ -47,6 +50,7 @@ class _Run:
     finished: bool = False
     failure: str | None = None
     progress: dict[str, tuple[int, int]] = field(default_factory=dict)
+    on_event: EventCallback | None = None
 
     def left(self) -> float:
         """Seconds until the deadline, at least 0."""
@@ -90,12 +94,20 @@ class ComfyUIClient:
         self.attempts = attempts
 
     def run(
-        self, workflow: Workflow, on_progress: ProgressCallback | None = None
+        self,
+        workflow: Workflow,
+        on_progress: ProgressCallback | None = None,
+        on_event: EventCallback | None = None,
     ) -> dict[str, list[bytes]]:
         """Run a workflow and fetch its pictures.
 
-        If the wait ends early (`run_timeout`, Ctrl-C, an error in `on_progress`), the server is
-        told to drop this workflow, running or waiting; other people's are left alone.
+        If the wait ends early (`run_timeout`, Ctrl-C, an error in a callback), the server is told
+        to drop this workflow, running or waiting; other people's are left alone.
+
+        Args:
+            workflow: What to run, in API format.
+            on_progress: Told of every step of a node.
+            on_event: Told of every event of the run; there are none without a WebSocket.
 
         Returns:
             Node id -> PNG files that the node saved, each checked to be a whole picture.
@@ -105,6 +117,7 @@ class ComfyUIClient:
         """
         client_id = uuid.uuid4().hex
         run = _Run(str(uuid.uuid4()), time.monotonic() + (self.run_timeout or float("inf")))
+        run.on_event = on_event
         with self._open_socket(client_id) as socket:
             try:
                 self._queue(run, workflow, client_id)
@@ -306,6 +319,8 @@ def _take_in(run: _Run, event: Mapping[str, Any], on_progress: ProgressCallback 
     kind, data = event.get("type"), event.get("data")
     if not isinstance(data, Mapping) or data.get("prompt_id") != run.prompt_id:
         return
+    if run.on_event is not None:
+        run.on_event(event, time.perf_counter())
     if kind == "progress":
         _report(run, data, on_progress)
     elif kind in ("execution_error", "execution_interrupted"):

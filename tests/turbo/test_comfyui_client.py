@@ -58,6 +58,17 @@ def test_a_run_reports_every_step_and_brings_the_picture(fake):
     assert steps == [("316", 1, 3), ("316", 2, 3), ("316", 3, 3), ("325", 1, 2), ("325", 2, 2)]
 
 
+def test_a_run_tells_its_own_events_with_the_moment_at_which_each_came(fake):
+    told = []
+    client_of(fake).run(WORKFLOW, on_event=lambda event, moment: told.append((event, moment)))
+    kinds = [event["type"] for event, _ in told]
+    assert kinds[:2] == ["execution_start", "execution_cached"]
+    assert kinds[-1] == "execution_success"
+    assert kinds.count("progress") == 5  # without the one of another workflow
+    moments = [moment for _, moment in told]
+    assert moments == sorted(moments)
+
+
 def test_the_workflow_is_queued_for_the_client_that_listens(fake):
     client_of(fake).run(WORKFLOW)
     [(path, body)] = fake.posted
