@@ -222,13 +222,20 @@ class ComfyUISide:
         models = self._scratch / "models"
         self._names = link_models(self._files, models)
         port = free_port()
-        threads = str(torch.get_num_threads())
+        temporary = self._scratch / "tmp"  # so that what a killed server leaves goes with ours
+        temporary.mkdir()
+        environment = {
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            "TMPDIR": str(temporary),
+            "HF_HUB_OFFLINE": "1",
+            "DO_NOT_TRACK": "1",
+        }
         self._child = Child(
             "ComfyUI",
             self._launch.arguments(port, models, self._scratch),
             self._scratch / "log",
             folder=self._launch.folder,
-            environment={"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"},
+            environment=environment,
         )
         self.url = f"http://127.0.0.1:{port}"
         self._http = ServerHttp(self.url, ASK_SECONDS)

@@ -152,7 +152,9 @@ class Watch:
         for node, stage in self._samplers.items():
             step, steps = self._steps.get(node, (0, None))
             if step != steps:
-                raise SideError(f"ComfyUI ended {stage.name} at step {step} of {steps or 'none'}")
+                raise SideError(
+                    f"ComfyUI: {stage.name} ended only at step {step} of {steps or 'none'}"
+                )
         same = {self._signature(node) for node in self._begun | self._cached}
         missed = [node for node in self._workflow if self._signature(node) not in same]
         if self._begin is None or self._end is None or missed:

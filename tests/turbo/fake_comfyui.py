@@ -33,7 +33,7 @@ def png(width: int = 8, height: int = 8) -> bytes:
 class FakeComfyUI:
     """State of the server; `play` is what it does with a queued workflow, in a thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.play: Callable[[FakeComfyUI, str], None] = play_whole
         self.refusal: dict[str, Any] | None = None
         self.overrides: dict[str, Callable[[], tuple[int, bytes]]] = {}
@@ -47,9 +47,10 @@ class FakeComfyUI:
         self.posted: list[tuple[str, Any]] = []
         self.clients: list[str] = []
         self.sockets: list[socket.socket] = []
+        self.connections = 0
         self.connected = threading.Condition()
         self.threads: list[threading.Thread] = []
-        self.server = _Server(("127.0.0.1", 0), _Handler)
+        self.server = _Server(("127.0.0.1", port), _Handler)
         self.server.fake = self
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
@@ -63,9 +64,10 @@ class FakeComfyUI:
     def send_frame(self, opcode: int, payload: bytes) -> None:
         length = len(payload)
         size = struct.pack(">B", length) if length < 126 else struct.pack(">BQ", 127, length)
-        with contextlib.suppress(OSError), self.connected:
+        with self.connected:
             for client in self.sockets:
-                client.sendall(bytes([0x80 | opcode]) + size + payload)
+                with contextlib.suppress(OSError):  # it went away
+                    client.sendall(bytes([0x80 | opcode]) + size + payload)
 
     def drop_sockets(self) -> None:
         with self.connected:
@@ -197,6 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         with fake.connected:
             fake.sockets.append(self.connection)
+            fake.connections += 1
             fake.connected.notify_all()
         with contextlib.suppress(OSError):
             while self.connection.recv(4096):
