@@ -62,7 +62,8 @@ class ComfyUISide:
     Args:
         files: The model.
         plan: What it follows.
-        url: A running server, which has the same files under the same names.
+        url: A running server, which has the same files under the same names; the pictures stay in
+            its output folder.
         launch: How to start one, in place of `url`.
         loras: As `workflow_from_plan` takes them; names in the model's LoRA folder.
         save_stages: Also fetch the pictures of the stages before the last; their time is not in
@@ -112,7 +113,7 @@ class ComfyUISide:
     def settings(self) -> dict[str, Any]:
         """Versions and arguments as the server tells them, and what it had to have."""
         system, device = self._stats.get("system", {}), self._device()
-        ours = self._launch if self.url is None or self._child is not None else None
+        ours = self._launch is not None
         return {
             "program": "ComfyUI",
             "version": system.get("comfyui_version"),
@@ -120,8 +121,8 @@ class ComfyUISide:
             "python": str(system.get("python_version")).partition(" ")[0],
             "device": device.get("name"),
             "arguments": [_last_part(word) for word in system.get("argv", ())],
-            "started": "by this run" if ours is not None else "before this run",
-            "OMP_NUM_THREADS": torch.get_num_threads() if ours is not None else None,
+            "started": "by this run" if ours else "before this run",
+            "OMP_NUM_THREADS": torch.get_num_threads() if ours else None,
             "needs": dict(sorted(self._needs().items())),
         }
 

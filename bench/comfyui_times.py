@@ -160,7 +160,7 @@ class Watch:
         if self._begin is None or self._end is None or missed:
             raise SideError(
                 "ComfyUI's WebSocket did not tell the whole run (it was cut off on the way), so "
-                "this picture has no times; use a server that is nearer"
+                "this picture has no times; try again"
             )
 
     def _signature(self, node: str) -> tuple[Any, ...]:
