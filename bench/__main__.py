@@ -13,6 +13,7 @@ COMMANDS = {
     "report": "a page and PNG charts of results files",
     "export": "the figures for other tools, such as github-action-benchmark",
     "load": "requests at random times: latency, queue, throughput, errors",
+    "quality": "how far each approximate option changes the picture",
 }
 
 

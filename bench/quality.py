@@ -1,0 +1,300 @@
+"""``python -m bench quality``: each option that changes the picture against the exact run.
+
+The exact run is the plan without EasyCache in plain PyTorch. With each prompt it is made before and
+after the options, and no figure of that prompt is kept unless both are the same bit for bit. The
+yardstick is the picture of another seed, seed + 1: "of another seed" is 0 for the exact picture and
+100 % for one that lies as far from it as the other seed's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bench.fingerprint import describe_model
+from bench.machine import describe_machine
+from bench.picture_grid import GAIN, MOST_ROWS, draw_grid
+from bench.quality_study import ANOTHER_SEED, OPTIONS, FailedCheckError, Option, Study, dtype_name
+from bench.results import FORMAT, Found, Results, describe_error
+from turbo.engine import Engine, pick_device, pick_dtype
+from turbo.errors import BadInputError, TurboError
+from turbo.messages import one_line, reason
+from turbo.noise import check_seed
+from turbo.plan import DEFAULT_PLAN, ModelSettings, Plan, load_plan, plan_to_dict
+
+PROMPTS = Path(__file__).with_name("prompts.txt")
+SEED = 42
+PICTURES = 8
+"""Prompts, if none are asked for."""
+
+
+def choose_options(names: str | None, plan: Plan, dtype: str) -> list[Option]:
+    """The options named, separated by commas; without names all that are not the exact run itself.
+
+    Raises:
+        BadInputError: There is no such option, or with this plan and dtype it is the exact run.
+    """
+    if names is None:
+        return [option for option in OPTIONS if option.differs(plan, dtype)]
+    known = {option.name: option for option in OPTIONS}
+    chosen = list(dict.fromkeys(" ".join(name.split()) for name in names.split(",")))
+    for name in chosen:
+        if name not in known:
+            raise BadInputError(f"--options: no option {name!r}; there are {', '.join(known)}")
+        if not known[name].differs(plan, dtype):
+            raise BadInputError(
+                f"--options: {name} is the exact run itself: the plan has no EasyCache, or the "
+                f"dtype is {dtype} already; leave it out, or give another --plan or --dtype"
+            )
+    return [known[name] for name in chosen]
+
+
+def read_prompts(path: Path | None, count: int | None) -> list[str]:
+    """The first `count` prompts of a file, or of the built-in ones.
+
+    Args:
+        path: A text file, one prompt a line; empty lines and those that begin with # do not count.
+        count: None takes all of a file, and `PICTURES` of the built-in ones.
+
+    Raises:
+        BadInputError: The file cannot be read or holds fewer prompts, or the count is below 1.
+    """
+    if count is not None and count < 1:
+        raise BadInputError(f"--prompts must be at least 1, got {count}")
+    chosen = path or PROMPTS
+    try:
+        lines = [" ".join(line.split()) for line in chosen.read_text("utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise BadInputError(f"{chosen}: is no UTF-8 text file with a prompt a line") from None
+    except OSError as error:
+        raise BadInputError(f"{chosen}: cannot be read: {reason(error)}") from None
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise BadInputError(f"{chosen}: holds no prompt; write one a line")
+    wanted = count or (PICTURES if path is None else len(prompts))
+    if wanted > len(prompts):
+        raise BadInputError(
+            f"--prompts {wanted}: there are {len(prompts)} in {chosen.name}; ask for fewer, or "
+            "give more in a --prompts-file"
+        )
+    return prompts[:wanted]
+
+
+# What is shown.
+
+HEADINGS = (
+    f"{'option':15} {'stage':8} {'PSNR dB':>21} {'SSIM':>22} {'latent L2':>9} "
+    f"{'of another seed':>15} {'skipped':>8} {'time':>6}"
+)
+
+
+def table(data: Found) -> Iterator[str]:
+    """The figures, a line for each option and stage."""
+    yield HEADINGS
+    for name, option in data["options"].items():
+        mark = "" if option["approximate"] else " (exact)"
+        if "withheld" in option:
+            yield f"{name:15} no figures: {option['withheld']}"
+        elif "stages" in option:
+            yield from _lines(f"{name}{mark}", option)
+    if "stages" in data["another_seed"]:
+        yield from _lines(ANOTHER_SEED, data["another_seed"])
+
+
+def _lines(name: str, entry: Found) -> Iterator[str]:
+    stages = entry["stages"]
+    for stage, found in stages.items():
+        shares = found.get("of_another_seed")
+        share = "" if shares is None else _percent(shares["latent_l2"]["median"])
+        saved, wanted = entry.get("skips", {}).get(stage, (0, 0))
+        skipped = f"{saved}/{wanted}" if wanted else ""
+        is_last = stage == list(stages)[-1] and "time_ratio" in entry
+        time = f"{entry['time_ratio']['median']:.2f}" if is_last else ""
+        line = (
+            f"{name:15} {stage:8} {_spread(found['psnr_db'], 1):>21} "
+            f"{_spread(found['ssim'], 3):>22} {found['latent_l2']['median']:9.2g} "
+            f"{share:>15} {skipped:>8} {time:>6}"
+        )
+        yield line.rstrip()
+        name = ""
+
+
+def _spread(summary: Found, digits: int) -> str:
+    median, p20, p80 = (
+        "same" if summary[name] is None else f"{summary[name]:.{digits}f}"
+        for name in ("median", "p20", "p80")
+    )
+    return median if median == p20 == p80 else f"{median} [{p20} {p80}]"
+
+
+def _percent(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2%}" if value < 0.1 else f"{value:.0%}"
+
+
+def title(data: Found) -> str:
+    """What was measured, in two sentences."""
+    configuration = data["configuration"]
+    model, count = configuration["model"], len(data["exact"]["pictures"])
+    what = f"{model['name']} ({model['parameters']:,} parameters)"
+    if model["built_in"]:
+        what += ", the built-in model of random weights: nothing here is about Z-Image itself"
+    return (
+        f"Model {what}. Exact run: no EasyCache, {configuration['dtype']} on "
+        f"{configuration['device']}; seed {configuration['seed']}, {count} prompts."
+    )
+
+
+# The command.
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {one_line(message, limit=None)}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 if at least one option has figures."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    given = list(sys.argv[2:] if arguments is None else arguments)
+    try:
+        return _run(options, _without_folders(given))
+    except (TurboError, FailedCheckError, OSError) as error:
+        print(f"{parser.prog}: {one_line(error, limit=None)}", file=sys.stderr)
+        return 2 if isinstance(error, BadInputError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m bench quality", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", metavar="DIR", help="default: the plan's, or the built-in one")
+    parser.add_argument("--plan", metavar="FILE", type=Path, help="default: the workflow's plan")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="auto",
+                        help="of the exact run: auto, float32, bfloat16, float16")  # fmt: skip
+    parser.add_argument("--prompts", metavar="N", type=int,
+                        help=f"how many (default: {PICTURES}, or all of the file)")  # fmt: skip
+    parser.add_argument("--prompts-file", metavar="FILE", type=Path, help="one prompt a line")
+    parser.add_argument("--seed", metavar="S", type=int, default=SEED, help=f"default: {SEED}")
+    parser.add_argument("--options", metavar="NAMES",
+                        help="separated by commas, of: "
+                        + ", ".join(option.name for option in OPTIONS))  # fmt: skip
+    parser.add_argument("-o", "--output", metavar="FILE.json", type=Path,
+                        help="results, renewed after each prompt; pictures stand "
+                        "beside them")  # fmt: skip
+    parser.add_argument("--grid", metavar="FILE.png", type=Path,
+                        help=f"the last stage of the first {MOST_ROWS} prompts, with "
+                        "differences")  # fmt: skip
+    return parser
+
+
+def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
+    seed = check_seed(options.seed)
+    prompts = read_prompts(options.prompts_file, options.prompts)
+    if options.grid is not None and options.grid.suffix.lower() != ".png":
+        raise BadInputError(f"--grid must end in .png, got {options.grid.name!r}")
+    plan = (DEFAULT_PLAN if options.plan is None else load_plan(options.plan)).resolved()
+    device = pick_device(plan.model.device if options.device == "auto" else options.device)
+    dtype = dtype_name(pick_dtype(_dtype_of(options, plan), device))
+    chosen = choose_options(options.options, plan, dtype)
+    if not chosen:
+        raise BadInputError("with this plan and dtype no option differs from the exact run")
+    path = options.output
+    results = Results(
+        path,
+        {
+            "format": FORMAT,
+            "kind": "quality",
+            "command": ["quality", *command],
+            "machine": describe_machine(str(device)),
+        },
+    )
+    del results.data["parts"]
+
+    def make_engine(**changes: Any) -> Engine:
+        return Engine.from_pretrained(
+            options.model, **{"plan": plan, "device": device, "dtype": dtype, **changes}
+        )
+
+    folder = None if path is None else path.with_name(f"{path.stem}-pictures")
+    with_model = functools.partial(_configure, results, options, plan, prompts, seed)
+    study = Study(plan, chosen, prompts, seed, with_model(make_engine), results, folder)
+    code = _measure(study, prompts, results, options.grid)
+    print(title(results.data))
+    for line in table(results.data):
+        print(line)
+    return code
+
+
+def _dtype_of(options: argparse.Namespace, plan: Plan) -> str:
+    return str(plan.model.torch_dtype if options.dtype == "auto" else options.dtype)
+
+
+def _configure(
+    results: Results,
+    options: argparse.Namespace,
+    plan: Plan,
+    prompts: Sequence[str],
+    seed: int,
+    make_engine: Callable[..., Engine],
+) -> Callable[..., Engine]:
+    """Note the configuration once the first engine has been made."""
+
+    def make(**changes: Any) -> Engine:
+        engine = make_engine(**changes)
+        if "configuration" not in results.data:
+            built_in = options.model is None and not any(
+                (plan.model.path, plan.model.vae_path, plan.model.clip_path)
+            )
+            name = Path(options.model or plan.model.path or engine.files.network).name
+            results.data["configuration"] = {
+                "model": describe_model(engine, "built-in" if built_in else name)
+                | {"built_in": built_in},
+                "plan": plan_to_dict(replace(plan, model=ModelSettings())),  # no local paths
+                "prompts": list(prompts),
+                "negative_prompt": "",
+                "seed": seed,
+                "dtype": dtype_name(engine.models.dtype),
+                "device": engine.models.device.type,
+            }
+        return engine
+
+    return make
+
+
+def _measure(study: Study, prompts: Sequence[str], results: Results, grid: Path | None) -> int:
+    results.write()
+    data = results.data
+    try:
+        for number, prompt in enumerate(prompts):
+            print(f"--- prompt {number + 1} of {len(prompts)}: {one_line(prompt)}", flush=True)
+            study.run(number)
+            if grid is not None:
+                grid.parent.mkdir(parents=True, exist_ok=True)
+                heading = f"{title(data)} Differences are shown {GAIN} times as large."
+                draw_grid(heading, study.columns, study.rows).save(grid)
+    except BaseException as error:  # Ctrl-C too: what was found is kept
+        if isinstance(error, FailedCheckError):
+            study.withhold(str(error))
+        data["error"] = describe_error(error)
+        results.write()
+        raise
+    data["partial"] = False
+    results.write()
+    return 0 if any("stages" in option for option in data["options"].values()) else 1
+
+
+def _without_folders(arguments: Sequence[str]) -> list[str]:
+    """Arguments as others may read them: of local paths only the last part."""
+
+    def shorten(argument: str) -> str:
+        flag, equals, value = argument.partition("=")
+        if equals and flag.startswith("--"):
+            return f"{flag}={shorten(value)}"
+        return Path(argument).name if "/" in argument or "\\" in argument else argument
+
+    return [shorten(argument) for argument in arguments]

@@ -1,0 +1,434 @@
+"""Pictures made with an option against those of the exact run, and how far they lie apart."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bench.picture_grid import Cell, Row, shown, shown_difference
+from bench.pictures import compare_latents, compare_pictures, save_picture, summary_of_values
+from bench.results import Found, Results
+from bench.timing import Span, ratio, synchronise
+from turbo import pipeline
+from turbo.acceleration import MOST_CAPTURED_TOKENS, USUAL_BUCKETS
+from turbo.engine import VAE_TILE, Engine
+from turbo.messages import one_line
+from turbo.noise import MAX_SEED
+from turbo.plan import Plan
+from turbo.transformer import padded_length
+
+EXACT = {"compile": False, "capture": "eager", "kernels": False}
+"""How `Engine.from_pretrained` makes the exact engine."""
+ANOTHER_SEED = "another seed"
+
+
+class FailedCheckError(Exception):
+    """The exact run is not repeatable, so there is nothing to measure by."""
+
+
+def without_easycache(plan: Plan) -> Plan:
+    """The plan with every network call made."""
+    return replace(plan, stages=tuple(replace(stage, easycache=None) for stage in plan.stages))
+
+
+def with_easycache(factor: float = 1.0) -> Callable[[Plan], Plan]:
+    """What gives the plan with the thresholds of its EasyCache multiplied."""
+
+    def scale(plan: Plan) -> Plan:
+        stages = (
+            stage
+            if (cache := stage.easycache) is None
+            else replace(stage, easycache=replace(cache, threshold=cache.threshold * factor))
+            for stage in plan.stages
+        )
+        return replace(plan, stages=tuple(stages))
+
+    return scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One way to make a picture that is not the exact one."""
+
+    name: str
+    switch: str
+    """How a user has it."""
+    plan: Callable[[Plan], Plan] = without_easycache
+    """Makes its plan from the one that was given."""
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of `Engine.from_pretrained` in which its engine differs from the exact one; without
+    any it runs on the exact engine."""
+    approximate: bool = True
+    """Whether the picture may differ by more than rounding."""
+
+    def differs(self, plan: Plan, dtype: str) -> bool:
+        """Whether it is anything but the exact run with this plan and dtype."""
+        exact = {**EXACT, "dtype": dtype}
+        return self.plan(plan) != without_easycache(plan) or any(
+            exact.get(name) != value for name, value in self.engine.items()
+        )
+
+
+OPTIONS = (
+    Option(name="easycache", switch="easycache in the plan", plan=with_easycache()),
+    Option(name="easycache x0.5", switch="thresholds x 0.5", plan=with_easycache(0.5)),
+    Option(name="easycache x2", switch="thresholds x 2", plan=with_easycache(2)),
+    Option(name="bfloat16", switch="--dtype bfloat16", engine={"dtype": "bfloat16"}),
+    Option(name="float16", switch="--dtype float16", engine={"dtype": "float16"}),
+    Option(
+        name="compile",
+        switch="--compile on",
+        engine={"compile": True, "capture": "auto"},
+        approximate=False,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Painting:
+    """A picture with all its stages."""
+
+    pictures: Mapping[str, Image.Image]
+    latents: Mapping[str, Tensor]
+    seconds: Mapping[str, float]
+    """Each stage by its name, and `decode` of the last stage alone."""
+    skips: Mapping[str, tuple[int, int]]
+
+    @property
+    def total_s(self) -> float:
+        """All stages and the last decode: what an option can change, whichever it is."""
+        return sum(self.seconds.values())
+
+    def same_as(self, other: Painting) -> bool:
+        """Whether all stages are equal bit for bit."""
+        return all(
+            torch.equal(latent, other.latents[name])
+            and self.pictures[name].tobytes() == other.pictures[name].tobytes()
+            for name, latent in self.latents.items()
+        )
+
+
+class Painter:
+    """An engine whose every stage's latent is looked at as it is decoded."""
+
+    def __init__(self, engine: Engine, prompts: Sequence[str]) -> None:
+        self._engine = engine
+        self._decoded: list[tuple[Tensor, Span]] = []
+        self._warm_up(prompts)
+        models = engine.models
+        # The engine tiles only what no stand-in decodes.
+        tiles = engine.plan.performance.enable_vae_tiling
+        plain = functools.partial(
+            pipeline.decode, models.autoencoder, tile=VAE_TILE if tiles else None
+        )
+        self._decode = plain if tiles or models.decode is None else models.decode
+        models.decode = self._watched
+
+    def settings(self) -> Found:
+        """What it runs with."""
+        models, speed_ups = self._engine.models, asdict(self._engine.accelerator.speed_ups)
+        arithmetic = models.transformer.compute_dtype or models.dtype
+        return {
+            "dtype": dtype_name(models.dtype),
+            "arithmetic": dtype_name(arithmetic),
+            **{name: speed_ups[name] for name in EXACT},
+        }
+
+    def paint(self, plan: Plan, prompt: str, seed: int) -> Painting:
+        """Make a picture and keep its stages."""
+        self._decoded.clear()
+        whole = replace(plan, performance=replace(plan.performance, enable_vae_tiling=False))
+        result = self._engine.generate(prompt, seed=seed, plan=whole, keep_stages=True)
+        synchronise(self._engine.models.device)
+        names = [stage.name for stage in plan.stages]
+        _, last_decode = self._decoded[-1]
+        return Painting(
+            pictures=result.stage_images[0],
+            latents={name: latent.cpu() for name, (latent, _) in zip(names, self._decoded)},
+            seconds={name: result.timings[name] for name in names}
+            | {"decode": last_decode.ms() / 1000},
+            skips=result.skips,
+        )
+
+    def _warm_up(self, prompts: Sequence[str]) -> None:
+        """Compile and capture whatever these prompts will need."""
+        encode = self._engine.models.tokenizer.encode_prompt
+        buckets = sorted({padded_length(len(encode(text))) for text in ["", *prompts]})
+        usual = [bucket for bucket in buckets if bucket <= MOST_CAPTURED_TOKENS]
+        self._engine.warmup(buckets=usual or USUAL_BUCKETS)
+
+    def _watched(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        span = Span(latent.device)
+        span.begin()
+        decoded = self._decode(latent)
+        span.end()
+        self._decoded.append((latent, span))
+        return decoded
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the command line takes it."""
+    return str(dtype).removeprefix("torch.")
+
+
+# The comparison.
+
+
+class Study:
+    """Runs prompts through the exact engine and all options, and fills a results file.
+
+    Args:
+        plan: As it was given, its stages those that will run.
+        options: What to compare.
+        prompts: All of them, so that each engine can be made ready.
+        seed: Of all pictures.
+        make_engine: Makes an engine from `Engine.from_pretrained`'s arguments.
+        results: Where figures go.
+        folder: Where pictures are saved; None saves none.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        options: Sequence[Option],
+        prompts: Sequence[str],
+        seed: int,
+        make_engine: Callable[..., Engine],
+        results: Results,
+        folder: Path | None,
+    ) -> None:
+        self.rows: list[Row] = []
+        self._plan, self._exact_plan = plan, without_easycache(plan)
+        self._options, self._prompts, self._seed = options, prompts, seed
+        self._results, self._folder = results, folder
+        self._make_engine = make_engine
+        self._exact = Painter(make_engine(**EXACT), prompts)
+        self._painters: dict[str, Painter] = {}
+        self._found: dict[str, Found] = {option.name: self._describe(option) for option in options}
+        data = self._results.data
+        data["exact"] = {"settings": self._exact.settings(), "pictures": []}
+        data["options"] = self._found
+        self._other: Found = {"pictures": []}
+        data["another_seed"] = self._other
+
+    @property
+    def columns(self) -> list[str]:
+        """Headings of the grid."""
+        return ["exact", *self._found, ANOTHER_SEED]
+
+    def run(self, number: int) -> None:
+        """Do one prompt and write the file.
+
+        Raises:
+            FailedCheckError: The exact run gave another picture the second time.
+            TurboError: The exact run failed.
+        """
+        prompt = self._prompts[number]
+        self._make_painters()
+        first = self._paint_exact(prompt, self._seed)
+        paintings = self._paint_options(prompt, number)
+        other = self._paint_exact(prompt, (self._seed + 1) % (MAX_SEED + 1))
+        again = self._paint_exact(prompt, self._seed)
+        self._require_same(first, again, prompt)
+        exact_s = (first.total_s + again.total_s) / 2
+        self._keep_exact(number, first, other)
+        for option in self._options:
+            if option.name in paintings:
+                with self._withheld_if_it_fails(option):
+                    self._keep(option, number, paintings[option.name], first, exact_s)
+        self.rows.append(self._row(prompt, first, paintings, other))
+        self._results.write()
+
+    def withhold(self, why: str) -> None:
+        """Take every figure back."""
+        for option in self._options:
+            self._withhold(option, why)
+        self._other.clear()
+        self._other["withheld"] = why
+
+    def _describe(self, option: Option) -> Found:
+        plan = option.plan(self._plan)
+        caches = {stage.name: asdict(stage.easycache) for stage in plan.stages if stage.easycache}
+        return {
+            "approximate": option.approximate,
+            "settings": {"switch": option.switch, "easycache": caches},
+        }
+
+    def _paint_exact(self, prompt: str, seed: int) -> Painting:
+        return self._exact.paint(self._exact_plan, prompt, seed)
+
+    def _make_painters(self) -> None:
+        """Load the options' engines, once and not while anything is timed."""
+        for option in self._options:
+            if option.name in self._painters or "withheld" in self._found[option.name]:
+                continue
+            with self._withheld_if_it_fails(option):
+                painter = self._exact
+                if option.engine:
+                    print(f"--- loading and warming up: {option.name}", flush=True)
+                    arguments = {**EXACT, **option.engine, "strict_speed": True}
+                    painter = Painter(self._make_engine(**arguments), self._prompts)
+                self._painters[option.name] = painter
+                self._found[option.name]["settings"] |= painter.settings()
+
+    def _paint_options(self, prompt: str, number: int) -> dict[str, Painting]:
+        """Pictures of the options that give one, each prompt beginning with another option."""
+        paintings: dict[str, Painting] = {}
+        turn = number % len(self._options)
+        for option in [*self._options[turn:], *self._options[:turn]]:
+            if option.name in self._painters:
+                with self._withheld_if_it_fails(option):
+                    painter = self._painters[option.name]
+                    paintings[option.name] = painter.paint(
+                        option.plan(self._plan), prompt, self._seed
+                    )
+        return paintings
+
+    @contextlib.contextmanager
+    def _withheld_if_it_fails(self, option: Option) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._withhold(option, f"{type(error).__name__}: {one_line(error)}")
+
+    def _withhold(self, option: Option, why: str) -> None:
+        described = self._found[option.name]
+        kept = {name: described[name] for name in ("approximate", "settings")}
+        described.clear()
+        described |= {**kept, "withheld": why}
+        self._painters.pop(option.name, None)
+
+    def _require_same(self, first: Painting, again: Painting, prompt: str) -> None:
+        if first.same_as(again):
+            return
+        apart = {
+            name: compare_pictures(again.pictures[name], picture)["largest"]
+            for name, picture in first.pictures.items()
+        }
+        shown_apart = ", ".join(f"{name} {largest} of 255" for name, largest in apart.items())
+        raise FailedCheckError(
+            f"the exact run of {prompt!r}, repeated, gave another picture ({shown_apart} at the "
+            "most), so nothing can be measured by it"
+        )
+
+    def _compare(self, ours: Painting, theirs: Painting) -> Found:
+        return {
+            name: {
+                **compare_pictures(picture, theirs.pictures[name]),
+                "latent_l2": compare_latents(ours.latents[name], theirs.latents[name]),
+            }
+            for name, picture in ours.pictures.items()
+        }
+
+    def _keep_exact(self, number: int, exact: Painting, other: Painting) -> None:
+        self._results.data["exact"]["pictures"].append(
+            {"prompt": number, **self._save(exact, number, "exact")}
+        )
+        pictures = self._other["pictures"]
+        stages = self._compare(other, exact)
+        pictures.append(
+            {"prompt": number, "stages": stages, **self._save(other, number, ANOTHER_SEED)}
+        )
+        self._other["stages"] = _summary_of_stages(pictures)
+
+    def _keep(
+        self, option: Option, number: int, painting: Painting, exact: Painting, exact_s: float
+    ) -> None:
+        described, yardstick = self._found[option.name], self._other["pictures"][-1]["stages"]
+        stages = self._compare(painting, exact)
+        for name, distances in stages.items():
+            distances["of_another_seed"] = _shares(distances, yardstick[name])
+        pictures = described.setdefault("pictures", [])
+        pictures.append(
+            {
+                "prompt": number,
+                "seconds": painting.total_s,
+                "exact_seconds": exact_s,
+                "skips": {name: list(counts) for name, counts in painting.skips.items()},
+                "stages": stages,
+                **self._save(painting, number, option.name),
+            }
+        )
+        described["time_ratio"] = ratio(
+            [one["seconds"] for one in pictures], [one["exact_seconds"] for one in pictures]
+        )
+        described["skips"] = {
+            name: [sum(one["skips"][name][place] for one in pictures) for place in (0, 1)]
+            for name in painting.skips
+        }
+        described["stages"] = _summary_of_stages(pictures)
+
+    def _save(self, painting: Painting, number: int, name: str) -> dict[str, str]:
+        if self._folder is None:
+            return {}
+        last = self._plan.stages[-1].name
+        return save_picture(painting.pictures[last], self._folder, f"{number:03} {name}")
+
+    def _row(
+        self,
+        prompt: str,
+        exact: Painting,
+        paintings: Mapping[str, Painting],
+        other: Painting,
+    ) -> Row:
+        last = self._plan.stages[-1].name
+        reference = exact.pictures[last]
+        cells = [Cell(shown(reference), note="difference to it:")]
+        for name in self._found:
+            if "withheld" in self._found[name]:
+                cells.append(Cell(None, note=f"withheld: {self._found[name]['withheld']}"))
+                continue
+            distances = self._found[name]["pictures"][-1]["stages"][last]
+            cells.append(_cell(paintings[name].pictures[last], reference, distances))
+        distances = self._other["pictures"][-1]["stages"][last]
+        return Row(prompt, [*cells, _cell(other.pictures[last], reference, distances)])
+
+
+def _cell(picture: Image.Image, reference: Image.Image, distances: Found) -> Cell:
+    psnr = "identical" if distances["identical"] else f"{distances['psnr_db']:.1f} dB"
+    note = f"{psnr}, SSIM {distances['ssim']:.3f}"
+    return Cell(shown(picture), shown_difference(picture, reference), note)
+
+
+def _shares(ours: Found, other: Found) -> dict[str, float | None]:
+    """How far a picture lies on the way from the exact one, 0, to another seed's, 1."""
+    return {
+        "rmse": _share(_rmse(ours["psnr_db"]), _rmse(other["psnr_db"])),
+        "ssim": _share(1 - ours["ssim"], 1 - other["ssim"]),
+        "latent_l2": _share(ours["latent_l2"], other["latent_l2"]),
+    }
+
+
+def _share(ours: float, other: float) -> float | None:
+    return ours / other if other else 0.0 if ours == 0 else None
+
+
+def _rmse(psnr_db: float | None) -> float:
+    return 0.0 if psnr_db is None else float(255 / 10 ** (psnr_db / 20))
+
+
+def _summary_of_stages(pictures: Sequence[Found]) -> Found:
+    """For each stage the median and spread of every distance over the prompts."""
+    first = pictures[0]["stages"]
+    summary: Found = {}
+    for stage, distances in first.items():
+        entries = [picture["stages"][stage] for picture in pictures]
+        measures = [name for name in ("psnr_db", "ssim", "flip", "latent_l2") if name in distances]
+        summary[stage] = {
+            name: summary_of_values([entry[name] for entry in entries]) for name in measures
+        }
+        summary[stage]["identical"] = sum(entry["identical"] for entry in entries)
+        if "of_another_seed" in distances:
+            summary[stage]["of_another_seed"] = {
+                name: summary_of_values([entry["of_another_seed"][name] for entry in entries])
+                for name in distances["of_another_seed"]
+            }
+    return summary
