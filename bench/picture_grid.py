@@ -22,11 +22,11 @@ class Cell:
     """One shown picture."""
 
     picture: Image.Image | None
-    """None where there is none; the note says why."""
+    """From `shown`; None where there is none."""
     difference: Image.Image | None = None
-    """From `shown_difference`."""
+    """From `shown_difference`; None for the exact picture."""
     note: str = ""
-    """One line below it."""
+    """Figures, or why there is no picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,45 +57,49 @@ def draw_grid(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Image.
         columns: Their headings.
         rows: Each with one cell a column.
     """
-    columns, rows = list(columns), list(rows)[:MOST_ROWS]
+    rows = list(rows)[:MOST_ROWS]
     width = _GAP + len(columns) * (WIDTH + _GAP)
-    title_lines = textwrap.wrap(title, max(20, width // 8))
-    top = _GAP + _LINE * (len(title_lines) + 1) + _GAP
-    heights = [_height(row) for row in rows]
-    grid = Image.new("RGB", (width, top + sum(heights)), _PAPER)
-    draw = ImageDraw.Draw(grid)
-    font = ImageFont.load_default(size=_TEXT)
-    for number, line in enumerate(title_lines):
-        draw.text((_GAP, _GAP + number * _LINE), line, _INK, font)
+    lines = textwrap.wrap(title, width // 8)
+    headings = _GAP + _LINE * len(lines) + _GAP
+    top = headings + _LINE + _GAP
+    grid = Image.new("RGB", (width, top + sum(_height(row) for row in rows)), _PAPER)
+    pen = _Pen(grid)
+    pen.write(_GAP, _GAP, lines)
     for number, column in enumerate(columns):
-        draw.text((_left(number), top - _GAP - _LINE), column, _INK, font)
-    for row, height in zip(rows, heights):
-        _draw_row(grid, draw, font, row, top)
-        top += height
+        pen.write(_left(number), headings, [column])
+    for row in rows:
+        pen.write(_GAP, top, [textwrap.shorten(row.title, width // 8, placeholder=" ...")])
+        for number, cell in enumerate(row.cells):
+            pen.draw(_left(number), top + _LINE, cell, _picture_height(row))
+        top += _height(row)
     return grid
 
 
-def _draw_row(
-    grid: Image.Image,
-    draw: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    row: Row,
-    top: int,
-) -> None:
-    limit = max(20, grid.width // 8)
-    draw.text((_GAP, top), textwrap.shorten(row.title, limit, placeholder=" ..."), _INK, font)
-    height = _picture_height(row)
-    for number, cell in enumerate(row.cells):
-        left, below = _left(number), top + _LINE
-        for picture in (cell.picture, cell.difference):
-            if picture is not None:
-                grid.paste(picture, (left, below))
-            elif picture is cell.picture:
-                draw.rectangle((left, below, left + WIDTH - 1, below + height - 1), _FAINT)
-            below += height + 2
-        for line in textwrap.wrap(cell.note, WIDTH // 7)[:2]:
-            draw.text((left, below), line, _INK, font)
-            below += _LINE
+class _Pen:
+    """Draws on a picture."""
+
+    def __init__(self, grid: Image.Image) -> None:
+        self._grid, self._draw = grid, ImageDraw.Draw(grid)
+        self._font = ImageFont.load_default(size=_TEXT)
+
+    def write(self, left: int, top: int, lines: Sequence[str]) -> None:
+        for number, line in enumerate(lines):
+            self._draw.text((left, top + number * _LINE), line, _INK, self._font)
+
+    def draw(self, left: int, top: int, cell: Cell, height: int) -> None:
+        below = top + height + 2
+        if cell.picture is None:
+            box = (left, top, left + WIDTH - 1, top + height - 1)
+            self._draw.rectangle(box, _FAINT)
+            lines = textwrap.wrap(cell.note, WIDTH // 8)
+            self.write(left + 4, top + 4, lines[: height // _LINE])
+            return
+        self._grid.paste(cell.picture, (left, top))
+        if cell.difference is None:
+            self.write(left, below, ["differences to it,", f"shown {GAIN} times as large"])
+            return
+        self._grid.paste(cell.difference, (left, below))
+        self.write(left, below + height, [cell.note])
 
 
 def _left(column: int) -> int:
@@ -103,7 +107,7 @@ def _left(column: int) -> int:
 
 
 def _height(row: Row) -> int:
-    return _LINE + 2 * (_picture_height(row) + 2) + 2 * _LINE + _GAP
+    return _LINE + 2 * (_picture_height(row) + 2) + _LINE + 2 * _GAP
 
 
 def _picture_height(row: Row) -> int:

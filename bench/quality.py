@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from bench.fingerprint import describe_model
 from bench.machine import describe_machine
-from bench.picture_grid import GAIN, MOST_ROWS, draw_grid
+from bench.picture_grid import MOST_ROWS, draw_grid
 from bench.quality_study import ANOTHER_SEED, OPTIONS, FailedCheckError, Option, Study, dtype_name
 from bench.results import FORMAT, Found, Results, describe_error
 from turbo.engine import Engine, pick_device, pick_dtype
@@ -87,6 +87,11 @@ def read_prompts(path: Path | None, count: int | None) -> list[str]:
 
 # What is shown.
 
+LEGEND = (
+    "Median [20th 80th percentile] over the prompts, same seed as the exact run. of another seed: "
+    "distance of the latents as a share of the distance that another seed makes; skipped: network "
+    "calls; time: all stages and the last decode, over the exact run's."
+)
 HEADINGS = (
     f"{'option':15} {'stage':8} {'PSNR dB':>21} {'SSIM':>22} {'latent L2':>9} "
     f"{'of another seed':>15} {'skipped':>8} {'time':>6}"
@@ -104,6 +109,7 @@ def table(data: Found) -> Iterator[str]:
             yield from _lines(f"{name}{mark}", option)
     if "stages" in data["another_seed"]:
         yield from _lines(ANOTHER_SEED, data["another_seed"])
+    yield LEGEND
 
 
 def _lines(name: str, entry: Found) -> Iterator[str]:
@@ -137,15 +143,15 @@ def _percent(value: float | None) -> str:
 
 
 def title(data: Found) -> str:
-    """What was measured, in two sentences."""
+    """What was measured."""
     configuration = data["configuration"]
     model, count = configuration["model"], len(data["exact"]["pictures"])
-    what = f"{model['name']} ({model['parameters']:,} parameters)"
+    parameters = f"{model['parameters']:,} parameters"
     if model["built_in"]:
-        what += ", the built-in model of random weights: nothing here is about Z-Image itself"
+        parameters += " of random weights, so nothing here is about Z-Image itself"
     return (
-        f"Model {what}. Exact run: no EasyCache, {configuration['dtype']} on "
-        f"{configuration['device']}; seed {configuration['seed']}, {count} prompts."
+        f"Model: {model['name']}, {parameters}. Exact run: {configuration['dtype']} on "
+        f"{configuration['device']}, no EasyCache. Seed {configuration['seed']}, prompts: {count}."
     )
 
 
@@ -275,8 +281,7 @@ def _measure(study: Study, prompts: Sequence[str], results: Results, grid: Path 
             study.run(number)
             if grid is not None:
                 grid.parent.mkdir(parents=True, exist_ok=True)
-                heading = f"{title(data)} Differences are shown {GAIN} times as large."
-                draw_grid(heading, study.columns, study.rows).save(grid)
+                draw_grid(title(data), study.columns, study.rows).save(grid)
     except BaseException as error:  # Ctrl-C too: what was found is kept
         if isinstance(error, FailedCheckError):
             study.withhold(str(error))

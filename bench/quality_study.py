@@ -214,7 +214,11 @@ class Study:
         self._painters: dict[str, Painter] = {}
         self._found: dict[str, Found] = {option.name: self._describe(option) for option in options}
         data = self._results.data
-        data["exact"] = {"settings": self._exact.settings(), "pictures": []}
+        data["exact"] = {
+            "settings": self._exact.settings(),
+            "check": {"repeated": 0, "identical": 0},
+            "pictures": [],
+        }
         data["options"] = self._found
         self._other: Found = {"pictures": []}
         data["another_seed"] = self._other
@@ -307,7 +311,10 @@ class Study:
         self._painters.pop(option.name, None)
 
     def _require_same(self, first: Painting, again: Painting, prompt: str) -> None:
+        check = self._results.data["exact"]["check"]
+        check["repeated"] += 1
         if first.same_as(again):
+            check["identical"] += 1
             return
         apart = {
             name: compare_pictures(again.pictures[name], picture)["largest"]
@@ -381,7 +388,7 @@ class Study:
     ) -> Row:
         last = self._plan.stages[-1].name
         reference = exact.pictures[last]
-        cells = [Cell(shown(reference), note="difference to it:")]
+        cells = [Cell(shown(reference))]
         for name in self._found:
             if "withheld" in self._found[name]:
                 cells.append(Cell(None, note=f"withheld: {self._found[name]['withheld']}"))
