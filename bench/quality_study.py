@@ -20,6 +20,7 @@ from bench.timing import Span, ratio, synchronise
 from turbo import pipeline
 from turbo.acceleration import MOST_CAPTURED_TOKENS, USUAL_BUCKETS
 from turbo.engine import VAE_TILE, Engine
+from turbo.errors import NonFiniteLatentError
 from turbo.messages import one_line
 from turbo.noise import MAX_SEED
 from turbo.plan import Plan
@@ -163,7 +164,9 @@ class Painter:
         encode = self._engine.models.tokenizer.encode_prompt
         buckets = sorted({padded_length(len(encode(text))) for text in ["", *prompts]})
         usual = [bucket for bucket in buckets if bucket <= MOST_CAPTURED_TOKENS]
-        self._engine.warmup(buckets=usual or USUAL_BUCKETS)
+        # A picture tells where it is not finite, a warm-up does not.
+        with contextlib.suppress(NonFiniteLatentError):
+            self._engine.warmup(buckets=usual or USUAL_BUCKETS)
 
     def _watched(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         span = Span(latent.device)

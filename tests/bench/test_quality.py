@@ -1,0 +1,331 @@
+"""``bench quality`` with a tiny model and small stages: what it compares, checks and keeps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from bench import quality
+from bench.fingerprint import fingerprint
+from bench.picture_grid import WIDTH, Cell, Row, draw_grid, shown, shown_difference
+from bench.pictures import compare_pictures, load_picture
+from bench.quality import choose_options, read_prompts, table, title
+from bench.quality_study import OPTIONS, Study, _shares, with_easycache, without_easycache
+from bench.results import read_results
+from turbo.engine import Engine
+from turbo.errors import BadInputError
+from turbo.plan import DEFAULT_PLAN, EasyCache, Plan, Stage, dump_plan
+from turbo.testing import make_tiny_model
+
+STAGES = (
+    Stage(name="small", height=32, width=32, steps=2, cfg=2.0),
+    Stage(
+        name="large",
+        height=64,
+        width=48,
+        steps=6,
+        denoise=0.9,
+        seed_offset=1,
+        easycache=EasyCache(threshold=0.5, start=0.0, end=1.0),
+    ),
+)
+PLAN = Plan(stages=STAGES)
+OPTIONS_RUN = "easycache,float16"
+
+
+def write_plan(path: Path, plan: Plan = PLAN) -> Path:
+    path.write_text(dump_plan(plan), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("quality")
+    make_tiny_model(made / "model")
+    write_plan(made / "plan.yaml")
+    return made
+
+
+def run(folder: Path, output: Path, *more: str) -> dict[str, Any]:
+    model, plan = str(folder / "model"), str(folder / "plan.yaml")
+    command = ["--model", model, "--plan", plan, "--device", "cpu", "--options", OPTIONS_RUN]
+    assert quality.main([*command, "-o", str(output), *more]) == 0
+    return read_results(output, ["quality"])
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Any]:
+    return run(folder, folder / "one.json", "--prompts", "2", "--grid", str(folder / "grid.png"))
+
+
+def figures(value: Any) -> Any:
+    """Without what a clock says and what the run was called."""
+    changing = {"seconds", "exact_seconds", "time_ratio", "machine", "command", "file"}
+    if isinstance(value, dict):
+        return {name: figures(inner) for name, inner in value.items() if name not in changing}
+    return [figures(inner) for inner in value] if isinstance(value, list) else value
+
+
+def test_the_same_command_gives_the_same_figures(folder: Path, results: dict[str, Any]):
+    assert figures(run(folder, folder / "two.json", "--prompts", "2")) == figures(results)
+
+
+def test_a_run_to_the_end_is_whole_and_says_what_it_was(results: dict[str, Any]):
+    assert results["partial"] is False
+    assert results["exact"]["check"] == {"repeated": 2, "identical": 2}
+    assert results["configuration"]["model"]["name"] == "model"
+    assert results["configuration"]["dtype"] == "float32"
+    assert "/" not in "".join(results["command"])
+    assert len(results["configuration"]["prompts"]) == 2
+
+
+def test_easycache_leaves_the_stage_without_it_alone_and_changes_the_other(
+    results: dict[str, Any],
+):
+    option = results["options"]["easycache"]
+    small, large = option["stages"]["small"], option["stages"]["large"]
+    assert option["skips"]["small"][0] == 0 < option["skips"]["large"][0]
+    assert small["identical"] == 2
+    assert small["psnr_db"]["median"] is None
+    assert 0 < large["latent_l2"]["median"] < results["another_seed"]["stages"]["large"][
+        "latent_l2"
+    ]["median"]  # fmt: skip
+    assert 0 < large["of_another_seed"]["latent_l2"]["median"] < 1
+    assert option["time_ratio"]["pairs"] == 2
+
+
+def test_figures_are_those_of_the_pictures_beside_the_results(
+    folder: Path, results: dict[str, Any]
+):
+    pictures = results["options"]["easycache"]["pictures"]
+    for number, entry in enumerate(pictures):
+        exact = load_picture(folder / "one.json", results["exact"]["pictures"][number])
+        found = compare_pictures(load_picture(folder / "one.json", entry), exact)
+        assert found.items() <= entry["stages"]["large"].items()
+
+
+def test_pictures_are_those_of_the_engine_with_the_option(folder: Path, results: dict[str, Any]):
+    engine = Engine.from_pretrained(folder / "model", plan=PLAN, device="cpu", dtype="float32")
+    prompt = results["configuration"]["prompts"][0]
+    plans = {"exact": without_easycache(PLAN), "easycache": PLAN}
+    for name, plan in plans.items():
+        found = results["exact"] if name == "exact" else results["options"][name]
+        kept = load_picture(folder / "one.json", found["pictures"][0])
+        assert engine.generate(prompt, seed=42, plan=plan).image.tobytes() == kept.tobytes()
+
+
+def test_the_table_has_a_line_for_every_option_and_stage(results: dict[str, Any]):
+    lines = list(table(results))
+    assert [line.split()[0] for line in lines[1:-1:2]] == ["easycache", "float16", "another"]
+    assert [line.split()[0] for line in lines[2:-1:2]] == ["large"] * 3
+    assert "nothing here is about Z-Image" not in title(results)
+
+
+def test_the_grid_has_a_row_for_each_prompt(folder: Path, results: dict[str, Any]):
+    with Image.open(folder / "grid.png") as grid:
+        assert grid.width > 4 * WIDTH
+        assert grid.height > 2 * 2 * 256  # of 64 x 48 pixels, 192 wide
+
+
+def test_the_built_in_model_is_called_random(folder: Path, capsys: pytest.CaptureFixture[str]):
+    plan = write_plan(folder / "one.yaml", Plan(stages=(replace(STAGES[1], denoise=1.0),)))
+    command = ["--plan", str(plan), "--prompts", "1", "--options", "easycache", "--device", "cpu"]
+    assert quality.main(command) == 0
+    assert "of random weights, so nothing here is about Z-Image itself" in capsys.readouterr().out
+
+
+def test_an_option_that_changes_nothing_is_identical(folder: Path, tmp_path: Path):
+    never = replace(STAGES[1], easycache=EasyCache(threshold=0.0))
+    plan = write_plan(tmp_path / "plan.yaml", replace(PLAN, stages=(STAGES[0], never)))
+    data = run(folder, tmp_path / "r.json", "--plan", str(plan), "--prompts", "1")
+    entry = data["options"]["easycache"]["pictures"][0]
+    assert entry["skips"]["large"][0] == 0
+    assert entry["stages"]["large"]["identical"] is True
+    assert entry["stages"]["large"]["of_another_seed"] == {"rmse": 0, "ssim": 0, "latent_l2": 0}
+
+
+def test_an_option_whose_picture_is_not_finite_is_withheld_and_the_others_go_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = make_tiny_model(tmp_path / "model", dtype="float32")
+    (file,) = model.glob("**/diffusion_models/*.safetensors")
+    weights = load_file(file)
+    weights["x_embedder.bias"][0] = 1e5  # more than float16 can hold
+    save_file(weights, file)
+    data = run(folder, tmp_path / "r.json", "--model", str(model), "--prompts", "1")
+    assert "not finite in float16" in data["options"]["float16"]["withheld"]
+    assert "pictures" not in data["options"]["float16"]
+    assert data["options"]["easycache"]["stages"]["large"]["ssim"]["median"] < 1
+    assert "float16         no figures: NonFiniteLatentError" in capsys.readouterr().out
+
+
+def test_nothing_is_measured_by_an_exact_run_that_is_not_repeatable(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    load = Engine.from_pretrained
+
+    def restless(*inputs: Any, **options: Any) -> Engine:
+        engine = load(*inputs, **options)
+        network, generator = engine.models.network, torch.Generator().manual_seed(0)
+
+        def noisy(latent: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = network(latent, *more)
+            return output + 0.1 * torch.randn(output.shape, generator=generator)
+
+        engine.models.network = noisy
+        return engine
+
+    monkeypatch.setattr(Engine, "from_pretrained", restless)
+    command = ["--model", str(folder / "model"), "--plan", str(folder / "plan.yaml")]
+    output = tmp_path / "r.json"
+    assert quality.main([*command, "--options", "easycache", "-o", str(output)]) == 1
+    assert "repeated, gave another picture" in capsys.readouterr().err
+    data = json.loads(output.read_text())
+    assert "gave another picture" in data["options"]["easycache"]["withheld"]
+    assert data["error"]["type"] == "FailedCheckError"
+    assert data["partial"] is True
+
+
+def test_an_interrupted_run_keeps_the_prompts_that_were_done(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = Study.run
+
+    def stop_at_the_second(study: Study, number: int) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+        whole(study, number)
+
+    monkeypatch.setattr(Study, "run", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "r.json", "--prompts", "3")
+    data = read_results(tmp_path / "r.json", ["quality"])
+    assert data["partial"] is True
+    assert data["error"]["type"] == "KeyboardInterrupt"
+    assert len(data["options"]["easycache"]["pictures"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["--options", "fp4"], "no option 'fp4'; there are easycache, easycache x0.5"),
+        (["--options", ""], "no option ''"),
+        (["--options", "bfloat16", "--dtype", "bfloat16"], "bfloat16 is the exact run itself"),
+        (["--prompts", "0"], "--prompts must be at least 1, got 0"),
+        (["--prompts", "1000"], "ask for fewer"),
+        (["--prompts", "many"], "invalid int value"),
+        (["--prompts-file", "none.txt"], "none.txt: cannot be read: No such file"),
+        (["--prompts-file", "{empty}"], "holds no prompt"),
+        (["--prompts-file", "{binary}"], "is no UTF-8 text file"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--plan", "nowhere.yaml"], "nowhere.yaml"),
+        (["--seed", "-1"], "seed"),
+        (["--device", "cuda:99"], "cuda:99 is not there"),
+        (["--dtype", "float8"], "dtype must be"),
+        (["--grid", "grid.jpg"], "--grid must end in .png"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], message: str
+):
+    (tmp_path / "empty.txt").write_text("# nothing\n\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x01")
+    files = {name: str(tmp_path / f"{name}.txt") for name in ("empty", "binary")}
+    try:
+        code = quality.main([part.format(**files) for part in command])
+    except SystemExit as stopped:  # argparse's own
+        code = int(str(stopped.code))
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_results_file_that_cannot_be_written_is_a_failure_in_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").write_text("")
+    command = ["--model", str(folder / "model"), "--plan", str(folder / "plan.yaml")]
+    assert quality.main([*command, "-o", str(tmp_path / "file" / "r.json")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_thresholds_are_scaled_and_the_rest_of_the_plan_is_kept():
+    scaled = with_easycache(0.5)(DEFAULT_PLAN)
+    assert [stage.easycache and stage.easycache.threshold for stage in scaled.stages] == [
+        None,
+        0.185,
+        0.06,
+    ]
+    assert without_easycache(scaled) == without_easycache(DEFAULT_PLAN)
+    assert with_easycache()(DEFAULT_PLAN) == DEFAULT_PLAN
+
+
+def test_all_options_are_compared_but_those_that_are_the_exact_run():
+    names = [option.name for option in OPTIONS]
+    on_cpu = [option.name for option in choose_options(None, DEFAULT_PLAN, "float32")]
+    assert on_cpu == names
+    plain = without_easycache(DEFAULT_PLAN)
+    assert [option.name for option in choose_options(None, plain, "bfloat16")] == [
+        "float16",
+        "compile",
+    ]
+    with pytest.raises(BadInputError, match="the plan has no EasyCache"):
+        choose_options("easycache", plain, "float32")
+
+
+def test_only_compiling_keeps_the_picture_but_for_rounding():
+    assert [option.name for option in OPTIONS if not option.approximate] == ["compile"]
+
+
+def test_there_are_a_few_dozen_different_prompts():
+    prompts = read_prompts(None, 24)
+    assert len(set(prompts)) == 24
+    assert not any(prompt.startswith("#") for prompt in prompts)
+
+
+def test_a_prompts_file_is_read_line_by_line(tmp_path: Path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("# mine\n  a  cat \n\n一只猫\n", encoding="utf-8")
+    assert read_prompts(file, None) == ["a cat", "一只猫"]
+    assert read_prompts(file, 1) == ["a cat"]
+
+
+def test_a_distance_is_a_share_of_another_seeds():
+    ours = {"psnr_db": 40.0, "ssim": 0.9, "latent_l2": 0.1}
+    other = {"psnr_db": 20.0, "ssim": 0.5, "latent_l2": 0.8}
+    assert _shares(ours, other) == pytest.approx({"rmse": 0.1, "ssim": 0.2, "latent_l2": 0.125})
+    assert _shares(other, other) == {"rmse": 1.0, "ssim": 1.0, "latent_l2": 1.0}
+
+
+def test_a_shown_difference_is_the_mean_difference_four_times_as_large():
+    size = (2 * WIDTH, 2 * WIDTH)
+    ours, theirs = (Image.new("RGB", size, (value, 100, 0)) for value in (110, 100))
+    assert shown_difference(ours, theirs).getcolors() == [(WIDTH * WIDTH, (40, 0, 0))]
+
+
+def test_the_grid_shows_a_reason_where_there_is_no_picture():
+    picture = shown(Image.new("RGB", (48, 64), (200, 0, 0)))
+    row = Row("a prompt", [Cell(picture), Cell(None, note="withheld: not finite")])
+    grid = draw_grid("title", ["exact", "float16"], [row])
+    colours = {colour for _, colour in grid.getcolors(1 << 20) or []}
+    assert {(200, 0, 0), (225, 225, 225)} <= colours
+
+
+def test_a_fingerprint_depends_on_the_weights_alone(folder: Path, tmp_path: Path):
+    (file,) = (folder / "model").glob("**/diffusion_models/*.safetensors")
+    copied, changed = tmp_path / "another name.safetensors", tmp_path / "changed.safetensors"
+    shutil.copy(file, copied)
+    weights = load_file(file)
+    weights["x_embedder.bias"] += 0.5
+    save_file(weights, changed)
+    assert fingerprint(file) == fingerprint(copied) == fingerprint(file)
+    assert fingerprint(file) != fingerprint(changed)
