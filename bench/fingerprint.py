@@ -1,4 +1,4 @@
-"""Which model a figure is of: name, fingerprint of its files, number of parameters."""
+"""Which model a figure is of: its name, a fingerprint of its files, its numbers of parameters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 
 if TYPE_CHECKING:
     from turbo.engine import Engine
@@ -17,11 +19,18 @@ BLOCK, BLOCKS = 4096, 1024
 def describe_model(engine: Engine, name: str) -> dict[str, Any]:
     """A loaded model as results files describe it."""
     models, files = engine.models, engine.files
-    modules = (models.text_encoder, models.transformer, models.autoencoder)
+    modules = {
+        NETWORK: models.transformer,
+        TEXT_ENCODER: models.text_encoder,
+        AUTOENCODER: models.autoencoder,
+    }
     return {
         "name": name,
         "fingerprint": fingerprint(files.network, files.text_encoder, files.vae),
-        "parameters": sum(one.numel() for module in modules for one in module.parameters()),
+        "parameters": {
+            component: sum(one.numel() for one in module.parameters())
+            for component, module in modules.items()
+        },
     }
 
 

@@ -146,7 +146,7 @@ def title(data: Found) -> str:
     """What was measured."""
     configuration = data["configuration"]
     model, count = configuration["model"], len(data["exact"]["pictures"])
-    parameters = f"{model['parameters']:,} parameters"
+    parameters = f"{sum(model['parameters'].values()):,} parameters"
     if model["built_in"]:
         parameters += " of random weights, so nothing here is about Z-Image itself"
     return (
