@@ -9,9 +9,8 @@ yardstick is the picture of another seed, seed + 1: "of another seed" is 0 for t
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +18,15 @@ from typing import Any, NoReturn
 from bench.fingerprint import describe_model
 from bench.machine import describe_machine
 from bench.picture_grid import MOST_ROWS, draw_grid
-from bench.quality_study import ANOTHER_SEED, OPTIONS, FailedCheckError, Option, Study, dtype_name
+from bench.quality_study import (
+    ANOTHER_SEED,
+    EXACT,
+    OPTIONS,
+    FailedCheckError,
+    Option,
+    Study,
+    dtype_name,
+)
 from bench.results import FORMAT, Found, Results, describe_error
 from turbo.engine import Engine, pick_device, pick_dtype
 from turbo.errors import BadInputError, TurboError
@@ -170,8 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[2:] if arguments is None else arguments)
     try:
         return _run(options, _without_folders(given))
-    except (TurboError, FailedCheckError, OSError) as error:
-        print(f"{parser.prog}: {one_line(error, limit=None)}", file=sys.stderr)
+    except Exception as error:
+        known = isinstance(error, TurboError | FailedCheckError | OSError)
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        print(f"{parser.prog}: {one_line(message, limit=None)}", file=sys.stderr)
         return 2 if isinstance(error, BadInputError) else 1
 
 
@@ -209,26 +218,32 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     chosen = choose_options(options.options, plan, dtype)
     if not chosen:
         raise BadInputError("with this plan and dtype no option differs from the exact run")
-    path = options.output
-    results = Results(
-        path,
-        {
-            "format": FORMAT,
-            "kind": "quality",
-            "command": ["quality", *command],
-            "machine": describe_machine(str(device)),
-        },
-    )
-    del results.data["parts"]
 
     def make_engine(**changes: Any) -> Engine:
-        return Engine.from_pretrained(
-            options.model, **{"plan": plan, "device": device, "dtype": dtype, **changes}
-        )
+        arguments = {"plan": plan, "device": device, "dtype": dtype, **changes}
+        return Engine.from_pretrained(options.model, **arguments)
 
+    exact, path = make_engine(**EXACT), options.output
+    header = {
+        "format": FORMAT,
+        "kind": "quality",
+        "command": ["quality", *command],
+        "machine": describe_machine(str(device)),
+        "configuration": {
+            "model": _describe_model(options.model, exact),
+            "plan": plan_to_dict(replace(plan, model=ModelSettings())),  # no local paths
+            "prompts": prompts,
+            "negative_prompt": "",
+            "seed": seed,
+            "dtype": dtype,
+            "device": device.type,
+        },
+    }
+    results = Results(path, header)
+    del results.data["parts"]
+    results.write()  # rather than find out after an hour that it cannot be
     folder = None if path is None else path.with_name(f"{path.stem}-pictures")
-    with_model = functools.partial(_configure, results, options, plan, prompts, seed)
-    study = Study(plan, chosen, prompts, seed, with_model(make_engine), results, folder)
+    study = Study(plan, chosen, prompts, seed, exact, make_engine, results, folder)
     code = _measure(study, prompts, results, options.grid)
     print(title(results.data))
     for line in table(results.data):
@@ -240,40 +255,14 @@ def _dtype_of(options: argparse.Namespace, plan: Plan) -> str:
     return str(plan.model.torch_dtype if options.dtype == "auto" else options.dtype)
 
 
-def _configure(
-    results: Results,
-    options: argparse.Namespace,
-    plan: Plan,
-    prompts: Sequence[str],
-    seed: int,
-    make_engine: Callable[..., Engine],
-) -> Callable[..., Engine]:
-    """Note the configuration once the first engine has been made."""
-
-    def make(**changes: Any) -> Engine:
-        engine = make_engine(**changes)
-        if "configuration" not in results.data:
-            built_in = options.model is None and not any(
-                (plan.model.path, plan.model.vae_path, plan.model.clip_path)
-            )
-            name = Path(options.model or plan.model.path or engine.files.network).name
-            results.data["configuration"] = {
-                "model": describe_model(engine, "built-in" if built_in else name)
-                | {"built_in": built_in},
-                "plan": plan_to_dict(replace(plan, model=ModelSettings())),  # no local paths
-                "prompts": list(prompts),
-                "negative_prompt": "",
-                "seed": seed,
-                "dtype": dtype_name(engine.models.dtype),
-                "device": engine.models.device.type,
-            }
-        return engine
-
-    return make
+def _describe_model(given: str | None, engine: Engine) -> Found:
+    settings = engine.plan.model
+    built_in = not any((given, settings.path, settings.vae_path, settings.clip_path))
+    name = Path(given or settings.path or engine.files.network).name
+    return describe_model(engine, "built-in" if built_in else name) | {"built_in": built_in}
 
 
 def _measure(study: Study, prompts: Sequence[str], results: Results, grid: Path | None) -> int:
-    results.write()
     data = results.data
     try:
         for number, prompt in enumerate(prompts):

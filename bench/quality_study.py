@@ -193,7 +193,8 @@ class Study:
         options: What to compare.
         prompts: All of them, so that each engine can be made ready.
         seed: Of all pictures.
-        make_engine: Makes an engine from `Engine.from_pretrained`'s arguments.
+        exact: Made with `EXACT`.
+        make_engine: Makes one with other arguments of `Engine.from_pretrained`.
         results: Where figures go.
         folder: Where pictures are saved; None saves none.
     """
@@ -204,6 +205,7 @@ class Study:
         options: Sequence[Option],
         prompts: Sequence[str],
         seed: int,
+        exact: Engine,
         make_engine: Callable[..., Engine],
         results: Results,
         folder: Path | None,
@@ -213,7 +215,7 @@ class Study:
         self._options, self._prompts, self._seed = options, prompts, seed
         self._results, self._folder = results, folder
         self._make_engine = make_engine
-        self._exact = Painter(make_engine(**EXACT), prompts)
+        self._exact = Painter(exact, prompts)
         self._painters: dict[str, Painter] = {}
         self._found: dict[str, Found] = {option.name: self._describe(option) for option in options}
         data = self._results.data
