@@ -248,7 +248,7 @@ class Study:
         again = self._paint_exact(prompt, self._seed)
         self._require_same(first, again, prompt)
         exact_s = (first.total_s + again.total_s) / 2
-        self._keep_exact(number, first, other)
+        self._keep_exact(number, first, other, exact_s)
         for option in self._options:
             if option.name in paintings:
                 with self._withheld_if_it_fails(option):
@@ -340,15 +340,21 @@ class Study:
             for name, picture in ours.pictures.items()
         }
 
-    def _keep_exact(self, number: int, exact: Painting, other: Painting) -> None:
+    def _keep_exact(self, number: int, exact: Painting, other: Painting, exact_s: float) -> None:
         self._results.data["exact"]["pictures"].append(
             {"prompt": number, **self._save(exact, number, "exact")}
         )
         pictures = self._other["pictures"]
-        stages = self._compare(other, exact)
         pictures.append(
-            {"prompt": number, "stages": stages, **self._save(other, number, ANOTHER_SEED)}
+            {
+                "prompt": number,
+                "seconds": other.total_s,
+                "exact_seconds": exact_s,
+                "stages": self._compare(other, exact),
+                **self._save(other, number, ANOTHER_SEED),
+            }
         )
+        self._other["time_ratio"] = _time_ratio(pictures)  # 1 but for what disturbs the clock
         self._other["stages"] = _summary_of_stages(pictures)
 
     def _keep(
@@ -369,9 +375,7 @@ class Study:
                 **self._save(painting, number, option.name),
             }
         )
-        described["time_ratio"] = ratio(
-            [one["seconds"] for one in pictures], [one["exact_seconds"] for one in pictures]
-        )
+        described["time_ratio"] = _time_ratio(pictures)
         described["skips"] = {
             name: [sum(one["skips"][name][place] for one in pictures) for place in (0, 1)]
             for name in painting.skips
@@ -425,6 +429,10 @@ def _share(ours: float, other: float) -> float | None:
 
 def _rmse(psnr_db: float | None) -> float:
     return 0.0 if psnr_db is None else float(255 / 10 ** (psnr_db / 20))
+
+
+def _time_ratio(pictures: Sequence[Found]) -> Found:
+    return ratio([one["seconds"] for one in pictures], [one["exact_seconds"] for one in pictures])
 
 
 def _summary_of_stages(pictures: Sequence[Found]) -> Found:

@@ -99,7 +99,7 @@ def test_easycache_leaves_the_stage_without_it_alone_and_changes_the_other(
         "latent_l2"
     ]["median"]  # fmt: skip
     assert 0 < large["of_another_seed"]["latent_l2"]["median"] < 1
-    assert option["time_ratio"]["pairs"] == 2
+    assert option["time_ratio"]["pairs"] == results["another_seed"]["time_ratio"]["pairs"] == 2
 
 
 def test_figures_are_those_of_the_pictures_beside_the_results(
