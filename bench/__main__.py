@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from importlib import import_module
 
@@ -21,6 +23,8 @@ def main() -> int:
     """Run the command that is named first."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in COMMANDS:
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as turbo's command does
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that child processes end too
         try:
             code: int = import_module(f"bench.{name}").main(sys.argv[2:])
         except KeyboardInterrupt:
