@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.arguments import Parser
 from bench.options import Subject, add_model_options, add_round_options, run_command
 from bench.results import Results
 from bench.run import measured, show
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m bench compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

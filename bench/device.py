@@ -8,7 +8,6 @@ the negative prompt has as many, so that both go through the network together.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import signal
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from bench import arithmetic
+from bench.arguments import Parser
 from bench.kernel_parts import kernels
 from bench.machine import describe_machine
 from bench.model_parts import decode, network, picture, profile, prompt
@@ -144,7 +144,7 @@ def _entries(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 if every part came to its end."""
-    parser = argparse.ArgumentParser(prog="python -m bench device", description=__doc__)
+    parser = Parser(prog="python -m bench device", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, help="JSON results file, renewed as it goes")
     parser.add_argument("--device", default="cuda", help="where to measure (default: cuda)")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the command out")

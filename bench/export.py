@@ -7,20 +7,20 @@ figures of one name for comparable, so the machine's id is part of every name.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.arguments import Parser
 from bench.reporting.files import ResultsFile, Side
 from bench.results import ResultsFileError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m bench export", description=__doc__)
+    parser = Parser(prog="python -m bench export", description=__doc__)
     parser.add_argument("results", type=Path, help="results file of `run` or `compare`")
     parser.add_argument("--github-action", action="store_true", required=True,
                         help="as customSmallerIsBetter of github-action-benchmark")  # fmt: skip

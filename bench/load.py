@@ -13,8 +13,9 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from bench.arguments import Parser, without_folders
 from bench.arrivals import (
     LATE_MS,
     Clock,
@@ -33,7 +34,6 @@ from bench.load_targets import (
 from bench.machine import describe_machine
 from bench.results import FORMAT, Results, describe_error
 from bench.timing import percentile
-from turbo.comfyui_http import is_loopback
 from turbo.engine import Engine, pick_device
 from turbo.errors import BadInputError, TurboError
 from turbo.messages import one_line, reason
@@ -166,7 +166,7 @@ def _open_results(options: argparse.Namespace, given: Sequence[str], device: str
     header = {
         "format": FORMAT,
         "kind": "load",
-        "command": ["load", *_without_paths(given)],
+        "command": ["load", *without_folders(given)],
         "machine": describe_machine(device),
         "configuration": {"timeout_s": options.timeout, "seed": options.seed},
         "offered": {
@@ -186,21 +186,6 @@ def _open_results(options: argparse.Namespace, given: Sequence[str], device: str
     return results
 
 
-def _without_paths(given: Sequence[str]) -> list[str]:
-    """Arguments without folders of this machine and names of others."""
-    shown = []
-    for argument in given:
-        option, equals, value = (
-            argument.rpartition("=") if argument[0:1] == "-" else ("", "", argument)
-        )
-        if "://" in value:
-            value = value if is_loopback(value) else "URL"
-        elif "/" in value:
-            value = Path(value).name
-        shown.append(option + equals + value)
-    return shown
-
-
 def _make_target(
     options: argparse.Namespace, plan: Plan, clock: Clock
 ) -> EngineTarget | ServerTarget:
@@ -215,15 +200,8 @@ def _make_target(
     return EngineTarget(engine, clock, options.seed, options.timeout)
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"bench load: {one_line(message, limit=None)}; see {self.prog} --help\n")
-
-
 def _parse(given: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m bench load", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m bench load", description=__doc__, allow_abbrev=False)
     parser.add_argument("--rate", type=_positive, required=True, metavar="R",
                         help="mean requests per second")  # fmt: skip
     parser.add_argument("--duration", type=_positive, required=True, metavar="S",

@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from bench.arrivals import Clock, FifoWorker, Record
+from bench.described import describe_model
 from bench.model_parts import PICTURE_FLOOR
 from bench.setting import distance
 from turbo.comfyui_http import ServerHttp, Unreachable, is_loopback
-from turbo.components import Components
 from turbo.engine import Engine
 from turbo.errors import BadInputError
 from turbo.messages import one_line
@@ -108,7 +108,7 @@ class EngineTarget:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "model": describe_model(self._engine),
+            "model": describe_model(self._engine.models, self._engine.files.network.name),
             "plan": plan_to_dict(replace(self._engine.plan, model=ModelSettings())),  # no paths
             "dtype": str(self._engine.models.dtype).removeprefix("torch."),
             "device": str(self._engine.models.device),
@@ -296,35 +296,6 @@ class ServerTarget:
             )
         self._distinct.note(image)
         return data, done
-
-
-def describe_model(engine: Engine) -> dict[str, Any]:
-    """Name, number of parameters, and a fingerprint of a sample of every weight."""
-    models = engine.models
-    parts = Components(
-        network=models.transformer,
-        text_encoder=models.text_encoder,
-        autoencoder=models.autoencoder,
-    ).by_name()
-    digest = hashlib.sha256()
-    for component, module in parts.items():
-        for name, tensor in sorted(module.native_tensors().items()):
-            digest.update(f"{component} {name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(_sample(tensor).tobytes())
-    return {
-        "name": engine.files.network.name,
-        "fingerprint": digest.hexdigest()[:16],
-        "parameters": sum(
-            weight.numel() for module in parts.values() for weight in module.parameters()
-        ),
-    }
-
-
-def _sample(tensor: Tensor) -> Any:
-    flat = tensor.reshape(-1)
-    count = min(_SAMPLED_VALUES, len(flat))
-    places = torch.linspace(0, len(flat) - 1, count, dtype=torch.float64).long()
-    return flat[places.to(flat.device)].float().cpu().numpy()
 
 
 def _values(image: Image.Image) -> Tensor:

@@ -7,10 +7,10 @@ that ComfyUI, which brings Qwen's tokenizer, reads the same rows.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.arguments import Parser
 from turbo.errors import TurboError
 from turbo.testing import (
     LAYOUTS,
@@ -39,7 +39,7 @@ SIZES = {"tiny": TINY, "medium": MEDIUM}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m bench model", description=__doc__)
+    parser = Parser(prog="python -m bench model", description=__doc__)
     parser.add_argument("folder", type=Path, help="made; must be empty if it is there")
     parser.add_argument("--size", choices=SIZES, default="medium", help="default: medium")
     parser.add_argument("--layout", choices=LAYOUTS, default="comfyui", help="default: comfyui")

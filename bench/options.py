@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.arguments import without_folders
+from bench.described import describe_model
 from bench.machine import describe_machine
 from bench.results import FORMAT, Results, ResultsFileError
 from bench.side import Request, SideError
@@ -19,7 +20,6 @@ from bench.turbo_side import LoadedModel
 from turbo.engine import pick_device, pick_dtype
 from turbo.errors import BadInputError, TurboError
 from turbo.model_files import ModelFiles
-from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.pipeline import Models
 from turbo.plan import DEFAULT_PLAN, ModelSettings, Plan, load_plan, plan_to_dict
 from turbo.precision import arithmetic_dtype
@@ -27,8 +27,6 @@ from turbo.transformer import padded_length
 
 PROMPT = "a lighthouse on a cliff at dawn, waves below"
 NEGATIVE_PROMPT = "blurry, low quality"
-SAMPLED_VALUES = 1024
-"""Of a tensor, that go into a model's fingerprint."""
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +129,7 @@ class Subject:
         return {
             "format": FORMAT,
             "kind": kind,
-            "command": [kind, *(without_folders(word) for word in arguments)],
+            "command": [kind, *without_folders(arguments)],
             "machine": describe_machine(str(self.models.device)),
             "configuration": self.configuration(),
         }
@@ -140,14 +138,7 @@ class Subject:
         """Everything that the pictures depend on."""
         options, models = self.options, self.models
         return {
-            "model": {
-                "name": _model_name(options.model, self.files),
-                "fingerprint": fingerprint(models),
-                "parameters": {
-                    name: sum(tensor.numel() for tensor in module.parameters())
-                    for name, module in _modules(models).items()
-                },
-            },
+            "model": describe_model(models, _model_name(options.model, self.files)),
             "plan": plan_to_dict(replace(self.plan, model=ModelSettings())),
             "prompt": options.prompt,
             "negative_prompt": options.negative,
@@ -156,23 +147,6 @@ class Subject:
             "device": models.device.type,
             "warm_up_rounds": 1,
         }
-
-
-def fingerprint(models: Models) -> str:
-    """A short name of the weights: of all shapes and dtypes, and of some values of each tensor."""
-    digest = hashlib.sha256()
-    for component, module in _modules(models).items():
-        for name, tensor in sorted(module.native_tensors().items()):  # type: ignore[operator]
-            step = max(1, tensor.numel() // SAMPLED_VALUES)
-            values = tensor.detach().flatten()[::step].float().cpu().numpy().tobytes()
-            shape = "x".join(map(str, tensor.shape))
-            digest.update(f"{component} {name} {shape} {tensor.dtype}\n".encode() + values)
-    return digest.hexdigest()[:16]
-
-
-def without_folders(word: str) -> str:
-    """An argument without the folders of a path in it, which are nobody's business."""
-    return word.rstrip("/").rpartition("/")[2] if word.startswith(("/", "~", "../", "./")) else word
 
 
 def run_command(
@@ -208,14 +182,6 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
-
-
-def _modules(models: Models) -> Mapping[str, torch.nn.Module]:
-    return {
-        NETWORK: models.transformer,
-        TEXT_ENCODER: models.text_encoder,
-        AUTOENCODER: models.autoencoder,
-    }
 
 
 def _model_name(given: str | None, files: ModelFiles) -> str:

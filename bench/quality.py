@@ -13,9 +13,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from bench.fingerprint import describe_model
+from bench.arguments import Parser, without_folders
+from bench.described import describe_model
 from bench.machine import describe_machine
 from bench.picture_grid import MOST_ROWS, draw_grid
 from bench.quality_study import (
@@ -166,18 +167,13 @@ def title(data: Found) -> str:
 # The command.
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {one_line(message, limit=None)}\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 if at least one option has figures."""
     parser = _parser()
     options = parser.parse_args(arguments)
     given = list(sys.argv[2:] if arguments is None else arguments)
     try:
-        return _run(options, _without_folders(given))
+        return _run(options, without_folders(given))
     except Exception as error:
         known = isinstance(error, TurboError | FailedCheckError | OSError)
         message = str(error) if known else f"{type(error).__name__}: {error}"
@@ -186,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m bench quality", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m bench quality", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", metavar="DIR", help="default: the plan's, or the built-in one")
     parser.add_argument("--plan", metavar="FILE", type=Path, help="default: the workflow's plan")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -260,7 +256,7 @@ def _describe_model(given: str | None, engine: Engine) -> Found:
     settings = engine.plan.model
     built_in = not any((given, settings.path, settings.vae_path, settings.clip_path))
     name = Path(given or settings.path or engine.files.network).name
-    return describe_model(engine, "built-in" if built_in else name) | {"built_in": built_in}
+    return describe_model(engine.models, "built-in" if built_in else name) | {"built_in": built_in}
 
 
 def _measure(study: Study, prompts: Sequence[str], results: Results, grid: Path | None) -> int:
@@ -281,15 +277,3 @@ def _measure(study: Study, prompts: Sequence[str], results: Results, grid: Path 
     data["partial"] = False
     results.write()
     return 0 if any("stages" in option for option in data["options"].values()) else 1
-
-
-def _without_folders(arguments: Sequence[str]) -> list[str]:
-    """Arguments as others may read them: of local paths only the last part."""
-
-    def shorten(argument: str) -> str:
-        flag, equals, value = argument.partition("=")
-        if equals and flag.startswith("--"):
-            return f"{flag}={shorten(value)}"
-        return Path(argument).name if "/" in argument or "\\" in argument else argument
-
-    return [shorten(argument) for argument in arguments]

@@ -6,18 +6,18 @@ results files.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.arguments import Parser
 from bench.results import ResultsFileError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
+    parser = Parser(prog="python -m bench report", description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="results files, of any kinds")
     parser.add_argument("-o", "--output", type=Path, help="HTML file to write")
     parser.add_argument("--charts", type=Path, metavar="DIR", help="folder for PNG charts")

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from bench.arguments import Parser
 from bench.arithmetic import PictureArithmetic
 from bench.measure import Comparison
 from bench.options import Subject, add_model_options, add_round_options, run_command
@@ -27,7 +28,7 @@ SWITCHES: dict[str, bool | str] = {"auto": AUTO, "on": True, "off": False}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m bench run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

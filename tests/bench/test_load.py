@@ -21,6 +21,7 @@ from PIL import Image
 
 import bench.__main__
 from bench import load
+from bench.arguments import without_folders
 from bench.arrivals import (
     Clock,
     FifoWorker,
@@ -509,5 +510,5 @@ def test_a_results_file_that_cannot_be_written_is_refused_first(tmp_path, capsys
 
 def test_folders_and_names_of_servers_are_left_out_of_the_results():
     given = ["--model", "/home/me/models", "--plan=/home/me/plan.yaml", "--url", "http://host/x"]
-    assert load._without_paths(given) == ["--model", "models", "--plan=plan.yaml", "--url", "URL"]
-    assert load._without_paths(["--rate", "1", "-o", "l.json"]) == ["--rate", "1", "-o", "l.json"]
+    assert without_folders(given) == ["--model", "models", "--plan=plan.yaml", "--url", "URL"]
+    assert without_folders(["--rate", "1", "-o", "l.json"]) == ["--rate", "1", "-o", "l.json"]

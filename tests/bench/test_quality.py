@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bench import quality
-from bench.fingerprint import fingerprint
 from bench.picture_grid import WIDTH, Cell, Row, draw_grid, shown, shown_difference
 from bench.pictures import compare_pictures, load_picture
 from bench.quality import choose_options, read_prompts, table, title
@@ -318,14 +316,3 @@ def test_the_grid_shows_a_reason_where_there_is_no_picture():
     grid = draw_grid("title", ["exact", "float16"], [row])
     colours = {colour for _, colour in grid.getcolors(1 << 20) or []}
     assert {(200, 0, 0), (225, 225, 225)} <= colours
-
-
-def test_a_fingerprint_depends_on_the_weights_alone(folder: Path, tmp_path: Path):
-    (file,) = (folder / "model").glob("**/diffusion_models/*.safetensors")
-    copied, changed = tmp_path / "another name.safetensors", tmp_path / "changed.safetensors"
-    shutil.copy(file, copied)
-    weights = load_file(file)
-    weights["x_embedder.bias"] += 0.5
-    save_file(weights, changed)
-    assert fingerprint(file) == fingerprint(copied) == fingerprint(file)
-    assert fingerprint(file) != fingerprint(changed)

@@ -15,10 +15,10 @@ import torch
 
 from bench import compare, run
 from bench.arithmetic import PictureArithmetic
+from bench.described import fingerprint
 from bench.diffusers_modules import diffusers_network
 from bench.diffusers_side import DiffusersSide
 from bench.model import main as write_model
-from bench.options import fingerprint
 from bench.random_model import SMALL
 from bench.side import Request, Round, SideError
 from bench.turbo_side import LoadedModel, TurboSide
