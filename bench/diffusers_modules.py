@@ -7,6 +7,7 @@ once. (A weight that turbo keeps padded is copied, because diffusers wants it in
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def diffusers_network(transformer: Transformer) -> Any:
         SideError: Its feed-forward width is not the one that diffusers always has.
     """
     from diffusers import ZImageTransformer2DModel
+    from diffusers.models.transformers.transformer_z_image import TimestepEmbedder
 
     config = transformer.config
     if config.ffn_dim != int(config.dim / 3 * 8):
@@ -50,7 +52,14 @@ def diffusers_network(transformer: Transformer) -> Any:
         "cap_feat_dim": config.caption_dim,
     }
     made = _configs(network=size)[NETWORK]
-    return _filled(ZImageTransformer2DModel, made, NETWORK, transformer.native_tensors())
+
+    def build(**options: Any) -> nn.Module:
+        network: nn.Module = ZImageTransformer2DModel(**options)
+        # diffusers always has 1024 here, ComfyUI no more than the network's width.
+        network.t_embedder = TimestepEmbedder(config.time_dim, mid_size=config.time_hidden_dim)
+        return network
+
+    return _filled(build, made, NETWORK, transformer.native_tensors())
 
 
 def diffusers_autoencoder(autoencoder: Autoencoder) -> Any:
@@ -121,14 +130,14 @@ def _configs(**parts: Any) -> dict[str, dict[str, Any]]:
 
 
 def _filled(
-    module_type: Any, config: dict[str, Any], component: str, own: dict[str, Tensor]
+    build: Callable[..., nn.Module], config: dict[str, Any], component: str, own: dict[str, Tensor]
 ) -> nn.Module:
     options = {name: value for name, value in config.items() if not name.startswith("_")}
     with torch.device("meta"):
-        module: nn.Module = module_type(**options)
+        module = build(**options)
     state = {name: tensor.contiguous() for name, tensor in to_diffusers(component, own).items()}
     module.load_state_dict(state, assign=True)
     for name, buffer in module.named_buffers():
         if buffer.is_meta:
-            raise SideError(f"diffusers' {module_type.__name__} has an unfilled buffer {name}")
+            raise SideError(f"diffusers' {type(module).__name__} has an unfilled buffer {name}")
     return module.eval().requires_grad_(False)

@@ -66,7 +66,9 @@ class Comparison:
         alone = sum(side.in_process for side in sides) == 1
         for side in sides:
             self._watches[side.name] = MemoryWatch(side, host=alone or not side.in_process)
-        self._entries: dict[str, dict[str, Any]] = {}
+        self._entries: dict[str, dict[str, Any]] = {
+            side.name: {"approximate": side.approximate, "best": side.best} for side in sides
+        }
         results.data["sides"] = self._entries
 
     def run(self, rounds: int) -> None:
@@ -76,8 +78,10 @@ class Comparison:
             SideError: The first side cannot run or is wrong; what others fail in is recorded.
         """
         try:
-            for side in list(self._sides):
+            for side in reversed(self._sides.copy()):  # rivals first: what is missing shows at once
                 self._start(side)
+            for side in self._sides.copy():
+                self._try_out(side)
             self._calibrate()
             for number in range(1, rounds + 1):
                 for side in list(self._sides):
@@ -92,12 +96,19 @@ class Comparison:
     # ------------------------------------------------------------ before the rounds
 
     def _start(self, side: Side) -> None:
-        entry: dict[str, Any] = {"approximate": side.approximate, "best": side.best}
-        self._entries[side.name] = entry
+        entry = self._entries[side.name]
         self._say(f"{side.name}: starting")
         try:
             entry["start"] = {name: round(value, 4) for name, value in side.start().items()}
             entry["settings"] = side.settings()
+        except SideError as error:
+            self._withhold(side, error)
+        self._results.write()
+
+    def _try_out(self, side: Side) -> None:
+        entry = self._entries[side.name]
+        self._say(f"{side.name}: first picture")
+        try:
             begin = time.perf_counter()
             first = side.paint(self._requests(0))
             entry["start"]["first picture"] = round(time.perf_counter() - begin, 4)
@@ -110,7 +121,11 @@ class Comparison:
 
     def _withhold(self, side: Side, error: SideError) -> None:
         """No figures of a side that is wrong; without the first one there is nothing to do."""
-        self._entries[side.name]["check"] = {"withheld": str(error)}
+        entry = self._entries[side.name]
+        for figures in ("times", "network", "tflop", "share_of_limit", "memory", "overhead_share"):
+            entry.pop(figures, None)
+        entry["check"] = {"withheld": str(error)}
+        self._rounds[side.name].clear()
         self._say(f"{side.name}: {error}")
         first = side is self._sides[0]
         self._sides.remove(side)

@@ -29,7 +29,7 @@ MEDIUM = ModelSize(
         "n_heads": 8,
         "cap_feat_dim": 64,
         "ffn_hidden": 1365,  # diffusers fixes it at 8/3 of the width
-        "time_hidden": 1024,
+        "time_hidden": 512,  # ComfyUI has the width here, up to 1024; diffusers always 1024
     },
     text_encoder={**TINY_TEXT_ENCODER, "vocab_size": 151_936},
     autoencoder=TINY_AUTOENCODER,

@@ -96,7 +96,7 @@ class TurboSide:
         self._speed_ups = speed_ups
         self._buckets = buckets
         self._cache_dir = cache_dir
-        self._settled: Counters | None = None
+        self._has_painted = False
         self._plain = loaded.engine.models
         self._models = replace(self._plain, kernels=speed_ups.kernels)
         self._calls: list[tuple[str, Span]] = []
@@ -168,6 +168,7 @@ class TurboSide:
         self._last_latents.clear()
         self._peaks = {}
         self._begin("prompt")
+        before = self._engine.counters
         try:
             result = self._engine.generate(
                 request.prompt,
@@ -181,7 +182,7 @@ class TurboSide:
         synchronise(self._models.device)
         self._end_part()
         self.part = ""
-        self._require_settled()
+        self._require_settled(before)
         return self._round(result)
 
     def others(self) -> dict[str, dict[str, Any]]:
@@ -277,15 +278,16 @@ class TurboSide:
                 "reserved": torch.cuda.max_memory_reserved(device) / 2**30,
             }
 
-    def _require_settled(self) -> None:
+    def _require_settled(self, before: Counters) -> None:
         assert self._engine is not None
-        now, before = self._engine.counters, self._settled
-        self._settled = now
-        if before is not None and (now.compilations, now.captures) != (
-            before.compilations,
-            before.captures,
-        ):
-            raise SideError(f"{self.name}: compiled or captured during a picture that was timed")
+        now = self._engine.counters
+        added = now.compilations - before.compilations, now.captures - before.captures
+        if self._has_painted and any(added):
+            raise SideError(
+                f"{self.name}: {added[0]} graphs were compiled and {added[1]} parts captured in a "
+                "picture that was timed"
+            )
+        self._has_painted = True
 
     def _round(self, result: Result) -> Round:
         calls: dict[str, list[float]] = {}
