@@ -73,14 +73,18 @@ def measured(
     data = results.data
     del data["parts"]
     data["configuration"] |= {"rounds": rounds, "order": [side.name for side in sides]}
-    data["limit"] = limit_of(subject)
     counting = PictureArithmetic(subject.models, subject.plan)
 
     def arithmetic(request: Request, made: Round) -> dict[str, float]:
         return counting.of(request.prompt, request.negative_prompt, made.skips)
 
     comparison = Comparison(
-        sides, subject.request, results, arithmetic=arithmetic, strict=subject.strict
+        sides,
+        subject.request,
+        results,
+        arithmetic=arithmetic,
+        limit=lambda: limit_of(subject),
+        strict=subject.strict,
     )
     try:
         comparison.run(rounds)

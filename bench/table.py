@@ -16,6 +16,8 @@ def lines_of(results: Mapping[str, Any]) -> Iterator[str]:
             yield f"  no figures: {withheld}"
         yield from _time_lines(side)
         yield from _memory_lines(side)
+    if "withheld" in results.get("limit", {}):
+        yield f"no shares of the limit: {results['limit']['withheld']}"
     for pair, parts in results.get("ratios", {}).items():
         shown = (
             f"{part} {one['median']:.3f} [{one['p20']:.3f} {one['p80']:.3f}]"

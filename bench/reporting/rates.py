@@ -71,7 +71,7 @@ def _all_shares(file: ResultsFile) -> Iterator[tuple[str, dict[str, float]]]:
             {
                 part: share
                 for part, share in side.entry("share_of_limit").items()
-                if share is not None
+                if share is not None and share <= 1  # else the limit was measured too low
             },
         )
     found: dict[str, dict[str, float]] = {}

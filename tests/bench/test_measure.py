@@ -123,6 +123,20 @@ def test_best_sides_of_two_programs_are_compared_with_each_other():
     assert found["ratios"]["ours, compiled / theirs, compiled"]["total"]["median"] == 0.5
 
 
+@pytest.mark.parametrize(("rates", "shares"), [((2.0, 4.0), {"total": 0.25}), ((0.5, 0.5), None)])
+def test_the_faster_limit_counts_and_one_that_is_exceeded_is_withheld(
+    rates: tuple[float, float], shares: dict[str, float] | None
+):
+    measured = iter(rates)
+    found = compare(
+        [FakeSide("ours")],
+        arithmetic=lambda asked, made: {"total": 1e12},
+        limit=lambda: {"tflop_per_s": next(measured)},
+    )
+    assert found["sides"]["ours"].get("share_of_limit") == shares
+    assert ("withheld" in found["limit"]) == (shares is None)
+
+
 # ---------------------------------------------------------------- an earlier run as a side
 
 
