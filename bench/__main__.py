@@ -24,12 +24,14 @@ def main() -> int:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in COMMANDS:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as turbo's command does
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that child processes end too
+        for number in (signal.SIGTERM, signal.SIGHUP):  # so that child processes end too
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
         try:
             code: int = import_module(f"bench.{name}").main(sys.argv[2:])
         except KeyboardInterrupt:
             print(
-                "stopped; a results file holds what was measured, marked partial", file=sys.stderr
+                "stopped; if a results file was asked for, it holds what was measured",
+                file=sys.stderr,
             )
             return 130
         return code

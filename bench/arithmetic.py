@@ -16,6 +16,8 @@ from turbo.denoiser import is_unguided
 from turbo.latent import STRIDE
 from turbo.pipeline import Models
 from turbo.plan import Plan, Stage
+from turbo.samplers import sampler_sigmas, trace_sampler
+from turbo.sigmas import stage_sigmas
 from turbo.text_encoder import TextEncoder, TextEncoderConfig
 from turbo.transformer import PATCH, Transformer, TransformerConfig, padded_length
 
@@ -111,8 +113,9 @@ class PictureArithmetic:
             if stage.name in skips:
                 skipped, wanted = skips[stage.name]
                 of_stage = lengths if not is_unguided(stage.cfg) else lengths[:1]
-                calls = [self._call(stage, tokens) for tokens in of_stage]
-                found[stage.name] = (wanted - skipped) * sum(calls) / len(calls)
+                evaluation = sum(self._call(stage, tokens) for tokens in of_stage)
+                # One program calls the network once for both prompts, another once for each.
+                found[stage.name] = self._evaluations(stage) * evaluation * (1 - skipped / wanted)
         last = self._stages[-1]
         size = (last.height // STRIDE, last.width // STRIDE)
         found["decode"] = self._once(
@@ -121,6 +124,11 @@ class PictureArithmetic:
         if all(stage.name in found for stage in self._stages):
             found["total"] = sum(found.values())
         return found
+
+    @staticmethod
+    def _evaluations(stage: Stage) -> int:
+        followed = sampler_sigmas(stage.sampler, stage_sigmas(stage), stage.shift)
+        return len(trace_sampler(stage.sampler, followed).evaluations)
 
     def _tokens(self, text: str) -> int:
         return padded_length(len(self._models.tokenizer.encode_prompt(text)))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bench.timing import summarise
+from bench.timing import summarise_rounds
 from turbo.messages import one_line
 
 LATE_MS = 10.0
@@ -227,7 +227,7 @@ def _count_errors(records: Sequence[Record]) -> dict[str, int]:
 
 def _summary(seconds: Sequence[float], good: Sequence[Record] = ()) -> dict[str, Any]:
     if seconds:
-        return summarise([1000 * one for one in seconds])
+        return summarise_rounds(seconds)
     return {"withheld": "the server does not tell" if good else "no request was answered"}
 
 

@@ -14,19 +14,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench.arguments import Parser
 from bench.options import Subject, add_model_options, add_round_options, run_command
 from bench.results import Results
-from bench.run import measured, show
+from bench.run import measured, show, turbo_side
 from bench.side import MissingRivalError, Side, SideError
-from bench.turbo_side import TurboSide
 from turbo.acceleration import SpeedUps
+from turbo.errors import BadInputError
 from turbo.plan import Plan
 
-RIVALS = ("comfyui", "diffusers", "sdcpp", "sglang")
+SINGLE_STAGE = ("sdcpp", "sglang")
+RIVALS = ("comfyui", "diffusers", *SINGLE_STAGE)
 COLD_START_SECONDS = 1800
 
 
@@ -43,15 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> Results:
         _require_rival(options)
+        more = {"cold_start": {"turbo": cold_start(options)}} if options.cold_start else {}
         subject = Subject.load(options)
+        if options.baseline in SINGLE_STAGE:
+            subject = replace(subject, plan=subject.without_easycache().single_stage())
         sides = _sides(subject, given)
-        results = measured(subject, "compare", given, sides, options.rounds)
-        if options.cold_start:
-            results.data["cold_start"] = {"turbo": cold_start(options)}
-            results.write()
-        return results
+        return measured(subject, "compare", given, sides, more=more)
 
-    return run_command(parser, work, show)
+    return run_command(options, work, show)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,6 +87,10 @@ def _parser() -> argparse.ArgumentParser:
 def _require_rival(options: argparse.Namespace) -> None:
     """Say what is missing before a model is loaded."""
     baseline = options.baseline
+    if options.output is not None and Path(baseline).resolve() == options.output.resolve():
+        raise BadInputError(f"-o {options.output} is the baseline, which it would replace")
+    if options.comfyui_url and (options.comfyui_dir or options.comfyui_command):
+        raise BadInputError("give either --comfyui-url or what to start, not both")
     starts = (options.comfyui_url, options.comfyui_dir, options.comfyui_command)
     if baseline == "comfyui" and not any(starts):
         raise MissingRivalError(
@@ -112,8 +117,10 @@ def _sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
     known = [side.name for side in made]
     unknown = [name for name in options.only if name not in known]
     if unknown:
-        raise MissingRivalError(f"there is no side {unknown[0]!r}; --only takes {', '.join(known)}")
-    return [side for side in made if side.name in options.only]
+        listed = ", ".join(map(repr, known))
+        raise BadInputError(f"there is no side {unknown[0]!r}; --only takes {listed}")
+    first, *others = made  # all are compared with the first
+    return [first, *(side for side in others if side.name in options.only)]
 
 
 def _diffusers_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
@@ -127,7 +134,7 @@ def _diffusers_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
     ]
     if subject.has_easycache:
         plan, fastest = subject.plan, _fastest(subject)
-        sides.append(_turbo_side(subject, "turbo, EasyCache", plan, fastest, approximate=True))
+        sides.append(turbo_side(subject, "turbo, EasyCache", plan, fastest))
     return sides
 
 
@@ -149,18 +156,19 @@ def _comfyui_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
         subject.plan,
         url=options.comfyui_url,
         launch=None if options.comfyui_url else launch,
+        approximate=subject.has_easycache,
     )
     return [*_turbo_sides(subject, subject.plan), rival]
 
 
 def _single_stage_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
-    options = subject.options
-    plan = subject.without_easycache().single_stage()
+    options, plan = subject.options, subject.plan
     rival: Side
     if options.baseline == "sdcpp":
         from bench.sdcpp_side import SdcppSide
 
-        rival = SdcppSide(options.sdcpp, subject.files, plan)
+        dtype = str(subject.models.dtype).removeprefix("torch.")
+        rival = SdcppSide(options.sdcpp, subject.files, plan, dtype=dtype)
     else:
         from bench.sglang_side import SglangSide
 
@@ -183,21 +191,14 @@ def _recorded_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
         strict=True,
     )
     cached = subject.plan if settings.get("easycache") else subject.without_easycache()
-    return [_turbo_side(subject, "turbo", cached, speed_ups), recorded]
+    return [turbo_side(subject, "turbo", cached, speed_ups), recorded]
 
 
 def _turbo_sides(subject: Subject, plan: Plan) -> list[Side]:
     return [
-        _turbo_side(subject, "turbo", plan, SpeedUps()),
-        _turbo_side(subject, "turbo, compiled", plan, _fastest(subject), best=True),
+        turbo_side(subject, "turbo", plan, SpeedUps()),
+        turbo_side(subject, "turbo, compiled", plan, _fastest(subject), best=True),
     ]
-
-
-def _turbo_side(
-    subject: Subject, name: str, plan: Plan, speed_ups: SpeedUps, **marks: Any
-) -> TurboSide:
-    buckets = subject.buckets(subject.options.rounds)
-    return TurboSide(name, subject.loaded, plan, speed_ups, buckets=buckets, **marks)
 
 
 def _fastest(subject: Subject) -> SpeedUps:
@@ -221,9 +222,12 @@ def cold_start(options: argparse.Namespace) -> dict[str, float]:
             if getattr(options, flag):
                 command += [f"--{flag}", getattr(options, flag)]
         begin = time.perf_counter()
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=COLD_START_SECONDS
-        )
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=COLD_START_SECONDS
+            )
+        except subprocess.TimeoutExpired as error:
+            raise SideError(f"a process of turbo's took over {COLD_START_SECONDS} s") from error
         seconds = time.perf_counter() - begin
     if done.returncode:
         raise SideError(f"a process of turbo's failed: {done.stderr.strip().splitlines()[-1:]}")

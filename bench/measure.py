@@ -1,35 +1,41 @@
 """Runs sides in turn and keeps what they say: the heart of ``bench run`` and ``bench compare``.
 
 The order of a run: every side starts; every side makes one picture that is not timed, whose result
-is checked; then the rounds, in each of which every side makes the picture of the same request. The
-file is written after every picture, so what was measured survives the end of the run.
+is checked and beside which its memory is watched; then the rounds, in each of which every side
+makes the picture of the same request, in turned order every second time. The file is written after
+every picture, so what was measured survives the end of the run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from bench.judging import compare_rounds, require_alike
 from bench.memory_watch import MemoryWatch
-from bench.pictures import compare_latents, compare_pictures, save_picture
+from bench.pictures import save_picture
 from bench.results import Results
-from bench.side import Request, Round, Side, SideError
-from bench.timing import ratio, summarise, summarise_rounds
+from bench.side import MissingRivalError, Request, Round, Side, SideError
+from bench.timing import Span, ratio, summarise, summarise_rounds
+from turbo.errors import TurboError
+from turbo.messages import one_line
 
-LEAST_MARGIN_DB = 6.0
-"""How much nearer than another seed's picture a side's must be to the first side's: half as far."""
-EXACT_PSNR_DB = 40.0
-"""Of float32 sides that are not marked approximate: an error of 2.5 of 255 on average."""
-CLOCK_READINGS = 20_000
+MOST_OVERHEAD = 0.01
+SPANS_TRIED = 2000
 ANOTHER_SEED = 1
-
 
 Arithmetic = Callable[[Request, Round], Mapping[str, float]]
 """Part -> floating-point operations that the request needed; skipped calls do not count."""
+
+_FIGURES = ("times", "network", "skips", "tflop", "share_of_limit", "memory", "overhead_share")
 
 
 class Comparison:
@@ -39,9 +45,11 @@ class Comparison:
         sides: The first is what the others are compared with.
         requests: Request of a round by number; round 0 is the one that is not timed.
         results: Where everything is kept.
+        reference: Makes one picture, with which the first side's must agree.
         arithmetic: Counts a round's operations, for the shares of the limit.
         limit: Measures the limit; before the rounds and after them, of which the faster counts.
-        strict: Whether sides that are not approximate must agree to rounding (in float32).
+        strict: Whether sides that are equally exact must agree to rounding, as float32 does.
+        device: Whose clock times are taken with.
         say: Told what happens, a line at a time.
     """
 
@@ -51,24 +59,31 @@ class Comparison:
         requests: Callable[[int], Request],
         results: Results,
         *,
+        reference: Side | None = None,
         arithmetic: Arithmetic | None = None,
         limit: Callable[[], Mapping[str, Any]] | None = None,
         strict: bool = True,
+        device: torch.device | None = None,
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
     ) -> None:
-        self._sides = list(sides)
+        self._leader = sides[0]
+        self._all = list(sides)
+        self._active = list(sides)
         self._requests = requests
         self._results = results
+        self._reference = reference
         self._arithmetic = arithmetic
         self._limit = limit
         self._strict = strict
+        self._device = device or torch.device("cpu")
         self._say = say
+        self._far_db: float | None = None
         self._rounds: dict[str, list[Round]] = {side.name: [] for side in sides}
-        self._watches: dict[str, MemoryWatch] = {}
         self._first: dict[str, Round] = {}
-        alone = sum(side.in_process for side in sides) == 1
-        for side in sides:
-            self._watches[side.name] = MemoryWatch(side, host=alone or not side.in_process)
+        self._alone = sum(side.in_process for side in sides) == 1
+        self._watches = {
+            side.name: MemoryWatch(side, host=self._alone or not side.in_process) for side in sides
+        }
         self._entries: dict[str, dict[str, Any]] = {
             side.name: {"approximate": side.approximate, "best": side.best} for side in sides
         }
@@ -78,130 +93,160 @@ class Comparison:
         """Start, check and measure.
 
         Raises:
-            SideError: The first side cannot run or is wrong; what others fail in is recorded.
+            MissingRivalError: What a side needs is not there.
+            SideError: The first side cannot run or is wrong. Of others, what they were measured
+                with before they ended is kept, and nothing of one whose picture is wrong.
         """
         try:
-            for side in reversed(self._sides.copy()):  # rivals first: what is missing shows at once
+            for side in reversed(self._all):  # rivals first: what is missing shows at once
                 self._start(side)
-            for side in self._sides.copy():
+            for side in self._active.copy():
                 self._try_out(side)
             self._calibrate()
             self._measure_limit()
             for number in range(1, rounds + 1):
-                for side in list(self._sides):
+                for side in self._active[:: 1 if number % 2 else -1]:
                     self._measure(side, number)
+                self._judge_round()
                 self._conclude()
             self._measure_the_rest()
             self._measure_limit()
             self._require_below_limit()
         finally:
-            self._conclude()
-            for side in self._sides:
-                side.close()
+            try:
+                self._conclude()
+            finally:
+                for side in self._all:
+                    side.close()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every side made all its pictures, and right ones."""
+        return self._active == self._all
+
+    # ------------------------------------------------------------ sides that fail
+
+    @contextlib.contextmanager
+    def _guarded(self, side: Side) -> Iterator[None]:
+        """Let another side's failure end that side alone."""
+        try:
+            yield
+        except MissingRivalError:
+            raise
+        except SideError as error:
+            self._end(side, error)
+        except (TurboError, OSError, RuntimeError, ValueError) as error:
+            kind = type(error).__name__
+            self._end(side, SideError(f"{kind}: {one_line(str(error), limit=300)}"))
+
+    def _end(self, side: Side, error: SideError) -> None:
+        """Go on without a side, with the figures it has; without the first one nothing goes on."""
+        entry = self._entries[side.name]
+        if self._rounds[side.name]:
+            entry["ended"] = f"after round {len(self._rounds[side.name])}: {error}"
+        else:
+            entry["check"] = {"withheld": str(error)}
+        self._drop(side, error)
+
+    def _withhold(self, side: Side, error: SideError) -> None:
+        """Give no figures of a side that is wrong."""
+        entry = self._entries[side.name]
+        for figures in _FIGURES:
+            entry.pop(figures, None)
+        entry["check"] = {"withheld": str(error)}
+        self._rounds[side.name].clear()
+        self._drop(side, error)
+
+    def _drop(self, side: Side, error: SideError) -> None:
+        self._say(f"{side.name}: {error}")
+        self._active.remove(side)
+        side.close()
+        if side is self._leader:
+            raise SideError(f"{side.name}: {error}")
 
     # ------------------------------------------------------------ before the rounds
 
     def _start(self, side: Side) -> None:
         entry = self._entries[side.name]
         self._say(f"{side.name}: starting")
-        try:
+        with self._guarded(side):
             entry["start"] = {name: round(value, 4) for name, value in side.start().items()}
             entry["settings"] = side.settings()
-        except SideError as error:
-            self._withhold(side, error)
         self._results.write()
 
     def _try_out(self, side: Side) -> None:
         entry = self._entries[side.name]
         self._say(f"{side.name}: first picture")
-        try:
+        with self._guarded(side):
             begin = time.perf_counter()
-            first = side.paint(self._requests(0))
+            with self._watches[side.name].watching():
+                first = side.paint(self._requests(0))
             entry["start"]["first picture"] = round(time.perf_counter() - begin, 4)
             self._first[side.name] = first
             self._keep_picture(side, 0, self._requests(0).seed, first)
             entry["check"] = side.check()
-        except SideError as error:
-            self._withhold(side, error)
         self._results.write()
-
-    def _withhold(self, side: Side, error: SideError) -> None:
-        """No figures of a side that is wrong; without the first one there is nothing to do."""
-        entry = self._entries[side.name]
-        for figures in ("times", "network", "tflop", "share_of_limit", "memory", "overhead_share"):
-            entry.pop(figures, None)
-        entry["check"] = {"withheld": str(error)}
-        self._rounds[side.name].clear()
-        self._say(f"{side.name}: {error}")
-        first = side is self._sides[0]
-        self._sides.remove(side)
-        side.close()
-        if first or not self._sides:
-            raise error
 
     def _calibrate(self) -> None:
         """Compare the first pictures, with another seed's as the measure of what is far."""
-        leader, *others = self._sides
-        first = self._first[leader.name]
-        request = self._requests(0)
-        elsewhere = Request(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            seed=request.seed + ANOTHER_SEED,
-        )
-        if not others:
-            self._require_repeatable(leader, first)
-            return
-        compared = {"another seed": [compare_rounds(leader.paint(elsewhere), first)]}
-        for side in others:
-            found = compare_rounds(self._first[side.name], first)
-            compared[f"{side.name} / {leader.name}"] = [{"round": 0, **found}]
-            try:
-                self._require_alike(side, leader, found, compared["another seed"][0])
-            except SideError as error:
-                self._withhold(side, error)
+        leader, first, request = self._leader, self._first[self._leader.name], self._requests(0)
+        elsewhere = leader.paint(replace(request, seed=request.seed + ANOTHER_SEED))
+        far = compare_rounds(elsewhere, first)
+        self._far_db = far["psnr_db"]
+        compared: dict[str, Any] = {"another seed": [far]}
         self._results.data["pictures"] = compared
+        self._require_reference(first, compared)
+        for side in self._active[1:]:
+            self._judge(side, 0, self._first[side.name], first)
         self._results.write()
 
-    def _require_repeatable(self, side: Side, first: Round) -> None:
-        found = compare_rounds(side.paint(self._requests(0)), first)
-        self._entries[side.name]["check"]["repeated"] = found
-        if not found["identical"] and self._strict:
-            raise SideError(f"{side.name}: the same request made another picture: {found}")
+    def _require_reference(self, first: Round, compared: dict[str, Any]) -> None:
+        """The first side's picture against the reference's, or else against its own repeated."""
+        leader, request = self._leader, self._requests(0)
+        if self._reference is not None:
+            try:
+                self._reference.start()
+                other = self._reference.paint(request)
+            finally:
+                self._reference.close()
+            found = compare_rounds(first, other)
+            compared[f"{leader.name} / {self._reference.name}"] = [{"round": 0, **found}]
+            require_alike(leader, self._reference, found, self._far_db, strict=self._strict)
+        elif len(self._all) == 1:
+            found = compare_rounds(leader.paint(request), first)
+            self._entries[leader.name]["check"]["repeated"] = found
+            if not found["identical"] and self._strict:
+                raise SideError(f"{leader.name}: the same request made another picture: {found}")
 
-    def _require_alike(
-        self, side: Side, leader: Side, found: dict[str, Any], elsewhere: dict[str, Any]
-    ) -> None:
-        psnr = found["psnr_db"]
-        exact = self._strict and not (side.approximate or leader.approximate)
-        far = elsewhere["psnr_db"]
-        least = EXACT_PSNR_DB if exact else (0.0 if far is None else far) + LEAST_MARGIN_DB
-        if psnr is not None and psnr < least:
-            raise SideError(
-                f"its picture has {psnr:.1f} dB to that of {leader.name}, {least:.1f} are needed "
-                "for its times to be given: it is another picture"
-            )
+    def _judge(self, side: Side, number: int, made: Round, leaders: Round) -> None:
+        compared = self._results.data["pictures"]
+        try:
+            found = compare_rounds(made, leaders)
+            listed = compared.setdefault(f"{side.name} / {self._leader.name}", [])
+            listed.append({"round": number, **found})
+            require_alike(side, self._leader, found, self._far_db, strict=self._strict)
+        except SideError as error:
+            self._withhold(side, error)
 
     # ------------------------------------------------------------ the rounds
 
     def _measure(self, side: Side, number: int) -> None:
         request = self._requests(number)
-        watch = self._watches[side.name]
-        try:
-            if number == 1:
-                with watch.watching():
-                    made = side.paint(request)
-            else:
-                made = side.paint(request)
-        except SideError as error:
-            self._withhold(side, SideError(f"round {number}: {error}"))
-            return
-        self._rounds[side.name].append(made)
-        shown = ", ".join(f"{name} {value:.2f}" for name, value in made.seconds.items())
-        self._say(f"{side.name}, round {number}: {shown} s")
-        self._keep_picture(side, number, request.seed, made)
-        self._describe(side)
+        with self._guarded(side):
+            made = side.paint(request)
+            self._rounds[side.name].append(made)
+            shown = ", ".join(f"{name} {value:.2f}" for name, value in made.seconds.items())
+            self._say(f"{side.name}, round {number}: {shown} s")
+            self._keep_picture(side, number, request.seed, made)
+            self._describe(side)
         self._results.write()
+
+    def _judge_round(self) -> None:
+        """The newest picture of every side against the first side's."""
+        number = len(self._rounds[self._leader.name])
+        for side in self._active[1:]:
+            made, leaders = self._rounds[side.name][-1], self._rounds[self._leader.name][-1]
+            self._judge(side, number, made, leaders)
 
     def _keep_picture(self, side: Side, number: int, seed: int, made: Round) -> None:
         path = self._results.path
@@ -229,7 +274,7 @@ class Comparison:
         watch = self._watches[side.name]
         entry["memory"] = {
             "host_peak_gib": watch.host_peak_gib,
-            "device": _largest([one.memory_gib for one in rounds]),
+            "device": _largest([one.memory_gib for one in rounds]) if self._alone else {},
             "timeline": watch.timeline,
         }
         entry["overhead_share"] = self._overhead(side, last)
@@ -237,12 +282,13 @@ class Comparison:
             entry |= self._shares(rounds)
 
     def _overhead(self, side: Side, last: Round) -> float | None:
-        """Share of a picture's time that our clocks take: readings times what one costs here."""
+        """Share of a picture's time that its clocks take: how many, times what one costs here."""
         if not last.spans:
             return None
-        watch = self._watches[side.name]
-        total = last.seconds["total"]
-        return (2 * last.spans * _clock_s() + watch.looking_s) / total
+        share = last.spans * _span_s(self._device) / last.seconds["total"]
+        if share > MOST_OVERHEAD:
+            self._say(f"{side.name}: taking times took {share:.1%} of the time")
+        return share
 
     def _shares(self, rounds: Sequence[Round]) -> dict[str, Any]:
         """Arithmetic of each part, and the share of the limit, each round by its own calls."""
@@ -271,13 +317,13 @@ class Comparison:
         found, before = dict(self._limit()), self._results.data.get("limit", {})
         if before.get("tflop_per_s", 0.0) < found["tflop_per_s"]:
             self._results.data["limit"] = found
-        for side in self._sides:
+        for side in self._active:
             if self._rounds[side.name]:
                 self._describe(side)
 
     def _require_below_limit(self) -> None:
         """A part that was faster than the limit shows that the limit was measured too low."""
-        entries = [self._entries[side.name] for side in self._sides]
+        entries = [self._entries[side.name] for side in self._active]
         largest = max(
             (share for entry in entries for share in entry.get("share_of_limit", {}).values()),
             default=0.0,
@@ -294,38 +340,30 @@ class Comparison:
     # ------------------------------------------------------------ after each round
 
     def _conclude(self) -> None:
-        """Ratios and picture comparisons of all sides with the first and of best with best."""
+        """Ratios of the first side to all others, and of the best of two programs."""
+        pairs = [(self._leader, side) for side in self._all[1:]]
+        best = [side for side in self._all if side.best and side is not self._leader]
+        pairs += [
+            (side, other)
+            for index, side in enumerate(best)
+            for other in best[index + 1 :]
+            if _program(side) != _program(other)
+        ]
         ratios: dict[str, Any] = {}
-        for side in self._sides[1:]:
-            leader = self._sides[0]
-            pairs = list(zip(self._rounds[leader.name], self._rounds[side.name]))
-            if pairs:
-                ratios[f"{leader.name} / {side.name}"] = ratios_of(pairs)
-                self._compare_last(side, leader, pairs[-1])
-        self._results.data["ratios"] = ratios | self._best_with_best()
+        for side, other in pairs:
+            both = list(zip(self._rounds[side.name], self._rounds[other.name]))
+            if both:
+                ratios[f"{side.name} / {other.name}"] = ratios_of(both)
+        self._results.data["ratios"] = ratios
         self._results.write()
 
-    def _compare_last(self, side: Side, leader: Side, pair: tuple[Round, Round]) -> None:
-        compared = self._results.data.setdefault("pictures", {})
-        listed = compared.setdefault(f"{side.name} / {leader.name}", [])
-        number = min(len(self._rounds[leader.name]), len(self._rounds[side.name]))
-        if number and all(one.get("round") != number for one in listed):
-            listed.append({"round": number, **compare_rounds(pair[1], pair[0])})
-
-    def _best_with_best(self) -> dict[str, Any]:
-        best = [side for side in self._sides if side.best]
-        found: dict[str, Any] = {}
-        for index, side in enumerate(best):
-            for other in best[index + 1 :]:
-                same = side.name.split(",")[0] == other.name.split(",")[0]
-                pairs = list(zip(self._rounds[side.name], self._rounds[other.name]))
-                if pairs and not same and side is not self._sides[0]:
-                    found[f"{side.name} / {other.name}"] = ratios_of(pairs)
-        return found
-
     def _measure_the_rest(self) -> None:
-        for side in self._sides:
+        for side in self._active:
             self._entries[side.name]["times"] |= side.others()
+
+
+def _program(side: Side) -> str:
+    return side.name.partition(",")[0]
 
 
 def ratios_of(pairs: Sequence[tuple[Round, Round]]) -> dict[str, Any]:
@@ -341,17 +379,6 @@ def ratios_of(pairs: Sequence[tuple[Round, Round]]) -> dict[str, Any]:
     }
 
 
-def compare_rounds(ours: Round, theirs: Round) -> dict[str, Any]:
-    """Pictures and, where both have them, latents of one request."""
-    found: dict[str, Any] = compare_pictures(ours.image, theirs.image)
-    both = [stage for stage in ours.latents if stage in theirs.latents]
-    if both:
-        found["latent"] = {
-            stage: compare_latents(ours.latents[stage], theirs.latents[stage]) for stage in both
-        }
-    return found
-
-
 def _largest(
     found: Sequence[Mapping[str, Mapping[str, float]]],
 ) -> dict[str, dict[str, float]]:
@@ -365,12 +392,14 @@ def _largest(
     return largest
 
 
-def _clock_s() -> float:
-    """What reading the clock once costs, its caller included."""
+def _span_s(device: torch.device) -> float:
+    """What taking one time costs here, in seconds."""
     begin = time.perf_counter()
-    for _ in range(CLOCK_READINGS):
-        time.perf_counter()
-    return (time.perf_counter() - begin) / CLOCK_READINGS
+    for _ in range(SPANS_TRIED):
+        span = Span(device)
+        span.begin()
+        span.end()
+    return (time.perf_counter() - begin) / SPANS_TRIED
 
 
 def pictures_folder(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Watches a side's memory from a thread, while its rounds run."""
+"""Watches a side's memory from a thread, beside a picture whose time is not taken."""
 
 from __future__ import annotations
 
@@ -32,8 +32,6 @@ class MemoryWatch:
         self.timeline: list[list[Any]] = []
         """[seconds, host GiB or None, device GiB or None, part]."""
         self.host_peak_gib: float | None = None
-        self.looking_s = 0.0
-        """Processor time that the looks took."""
         self._step = 1
         self._family: list[Any] = []
 
@@ -53,11 +51,9 @@ class MemoryWatch:
         begin = time.perf_counter()
         looks = 0
         while not over.is_set():
-            before = time.thread_time()
             if self._host and looks % FAMILY_LOOKS == 0:
                 self._family = family(self._side.processes(), alone=self._side.in_process)
             self._look(time.perf_counter() - begin, keep=looks % self._step == 0)
-            self.looking_s += time.thread_time() - before
             looks += 1
             over.wait(INTERVAL_S)
 

@@ -15,15 +15,17 @@ from bench.arguments import without_folders
 from bench.described import describe_model
 from bench.machine import describe_machine
 from bench.results import FORMAT, Results, ResultsFileError
-from bench.side import Request, SideError
+from bench.side import MissingRivalError, Request, SideError
 from bench.turbo_side import LoadedModel
 from turbo.engine import pick_device, pick_dtype
 from turbo.errors import BadInputError, TurboError
+from turbo.messages import one_line, reason
 from turbo.model_files import ModelFiles
 from turbo.pipeline import Models
 from turbo.plan import DEFAULT_PLAN, ModelSettings, Plan, load_plan, plan_to_dict
 from turbo.precision import arithmetic_dtype
 from turbo.transformer import padded_length
+from turbo.whole_file import require_writable_folder
 
 PROMPT = "a lighthouse on a cliff at dawn, waves below"
 NEGATIVE_PROMPT = "blurry, low quality"
@@ -79,7 +81,8 @@ class Subject:
                 raise BadInputError(f"--threads must be at least 1, got {options.threads}")
             torch.set_num_threads(options.threads)
         plan = load_plan(options.plan) if options.plan else DEFAULT_PLAN
-        device = pick_device(options.device)
+        given = plan.model.device if options.device == "auto" else options.device
+        device = pick_device(given)
         loaded = LoadedModel.load(
             options.model,
             tokenizer=options.tokenizer,
@@ -150,31 +153,41 @@ class Subject:
 
 
 def run_command(
-    parser: argparse.ArgumentParser, work: Callable[[], Results], report: Callable[[Results], None]
+    options: argparse.Namespace,
+    work: Callable[[], Results],
+    report: Callable[[Results], None],
 ) -> int:
     """Run a command's work with its errors as one line each.
 
     Returns:
-        0; 1 if something failed; 2 for bad input, a model that does not fit the device's memory
-        included; 130 after Ctrl-C, what was measured being kept.
+        0; 1 if something failed, be it one side of several; 2 for bad input, a rival that is not
+        there and a model that does not fit the device's memory.
     """
     try:
+        _require_writable(options.output)
         results = work()
-    except (TurboError, ResultsFileError, SideError, torch.cuda.OutOfMemoryError) as error:
-        print(_complaint(str(error).partition("\n")[0]), file=sys.stderr)
-        return 2 if isinstance(error, ValueError) or _is_missing(error) else 1
+    except (BadInputError, ResultsFileError, MissingRivalError, torch.OutOfMemoryError) as error:
+        return _complain(2, one_line(str(error), limit=None))
+    except (TurboError, SideError, OSError, RuntimeError, ValueError) as error:
+        kind = "" if isinstance(error, TurboError | SideError) else f"{type(error).__name__}: "
+        return _complain(1, kind + one_line(str(error), limit=500))
     report(results)
-    return 0
+    return 1 if results.data["partial"] else 0
 
 
-def _is_missing(error: Exception) -> bool:
-    from bench.side import MissingRivalError
+def _complain(code: int, message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
 
-    return isinstance(error, MissingRivalError | torch.cuda.OutOfMemoryError)
 
-
-def _complaint(message: str) -> str:
-    return f"error: {message}"
+def _require_writable(output: Path | None) -> None:
+    if output is None:
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        require_writable_folder(output.parent)
+    except OSError as error:
+        raise BadInputError(f"cannot write {output}: {reason(error)}; give another -o") from error
 
 
 def _count(text: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ from bench.pictures import load_picture
 from bench.results import ResultsFileError, read_results, require_same_machine
 from bench.side import Request, Round
 
-SAME = ("model", "plan", "prompt", "negative_prompt", "seed", "dtype", "device")
+SAME = ("fingerprint", "plan", "prompt", "negative_prompt", "seed", "dtype", "device")
+CONDITIONS = ("threads", "torch")
+"""Of the machine, that change times and are no part of its id."""
 
 
 class RecordedSide:
@@ -35,7 +37,18 @@ class RecordedSide:
     ) -> None:
         data = read_results(path, ("run", "compare"))
         require_same_machine(path, data, header["machine"])
-        _require_same(path, data.get("configuration", {}), header["configuration"])
+        try:
+            self._take(path, data, header, rounds)
+        except (AttributeError, KeyError, TypeError, IndexError) as error:
+            raise ResultsFileError(f"{path}: is damaged: {type(error).__name__} {error}") from error
+        self._requests = requests
+        self._picture(1)  # a file without its pictures is refused now, not after an hour
+
+    def _take(
+        self, path: Path, data: Mapping[str, Any], header: Mapping[str, Any], rounds: int
+    ) -> None:
+        _require_same(path, "configuration", SAME, data["configuration"], header["configuration"])
+        _require_same(path, "machine", CONDITIONS, data["machine"], header["machine"])
         program, entry = _first_side(path, data)
         held = entry["times"]["total"]["runs"]
         if held < rounds:
@@ -45,11 +58,10 @@ class RecordedSide:
         self.approximate = bool(entry.get("approximate"))
         self._path = path
         self._entry = entry
-        self._requests = requests
         self._machine = data["machine"]
         self.name = f"{program}, recorded"
         self._pictures = {kept["round"]: kept for kept in entry.get("pictures", [])}
-        self._picture(1)  # a file without its pictures is refused now, not after an hour
+        self._check = entry["check"]
 
     def settings(self) -> dict[str, Any]:
         """The settings it was measured with."""
@@ -63,7 +75,7 @@ class RecordedSide:
 
     def check(self) -> dict[str, Any]:
         """The check that the file records."""
-        return {"recorded": self._entry["check"]}
+        return {"recorded": self._check, "alternating": False}
 
     def others(self) -> dict[str, dict[str, Any]]:
         """Nothing besides its rounds."""
@@ -79,8 +91,8 @@ class RecordedSide:
             for part, timed in self._entry["times"].items()
             if len(timed.get("all_ms", ())) >= number
         }
-        skips = {stage: (int(a), int(b)) for stage, (a, b) in self._entry["skips"].items()}
-        return Round(seconds=seconds, image=self._picture(number), skips=skips)
+        # No skips, so that its times are held against no limit but its own file's.
+        return Round(seconds=seconds, image=self._picture(number))
 
     def processes(self) -> tuple[int, ...]:
         """None."""
@@ -99,12 +111,22 @@ class RecordedSide:
         return load_picture(self._path, self._pictures[number])
 
 
-def _require_same(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    for name in SAME:
-        if theirs.get(name) != ours[name]:
+def _require_same(
+    path: Path,
+    what: str,
+    names: Sequence[str],
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
+) -> None:
+    for name in names:
+        there, here = (
+            one["model"].get(name) if name == "fingerprint" else one.get(name)
+            for one in (theirs, ours)
+        )
+        if there != here:
             raise ResultsFileError(
-                f"{path}: was measured with another {name.replace('_', ' ')}: "
-                f"{_short(theirs.get(name))} there, {_short(ours[name])} here; give the same"
+                f"{path}: was measured with another {name.replace('_', ' ')} in its {what}: "
+                f"{_short(there)} there, {_short(here)} here; give the same"
             )
 
 

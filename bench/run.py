@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from bench.arguments import Parser
 from bench.arithmetic import PictureArithmetic
 from bench.measure import Comparison
 from bench.options import Subject, add_model_options, add_round_options, run_command
-from bench.results import Results
+from bench.results import Results, describe_error
 from bench.setting import Setting
-from bench.side import Request, Round, Side
+from bench.side import Side
 from bench.table import lines_of
 from bench.turbo_side import TurboSide
 from turbo.acceleration import AUTO, SpeedUps
+from turbo.plan import Plan
 
 SWITCHES: dict[str, bool | str] = {"auto": AUTO, "on": True, "off": False}
 
@@ -50,47 +52,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kernels=SWITCHES[options.kernels],
             strict=True,
         )
-        sides: list[Side] = [
-            TurboSide(
-                "turbo",
-                subject.loaded,
-                subject.plan,
-                speed_ups,
-                buckets=subject.buckets(options.rounds),
-            )
-        ]
-        return measured(subject, "run", given, sides, options.rounds)
+        side = turbo_side(subject, "turbo", subject.plan, speed_ups)
+        plain = SpeedUps()
+        reference = None
+        if speed_ups != replace(plain, strict=True):
+            reference = turbo_side(subject, "turbo, plain", subject.plan, plain)
+        return measured(subject, "run", given, [side], reference=reference)
 
-    return run_command(parser, work, show)
+    return run_command(options, work, show)
+
+
+def turbo_side(
+    subject: Subject, name: str, plan: Plan, speed_ups: SpeedUps, *, best: bool = False
+) -> TurboSide:
+    """turbo on a subject's model; approximate where its plan leaves network calls out."""
+    return TurboSide(
+        name,
+        subject.loaded,
+        plan,
+        speed_ups,
+        approximate=any(stage.easycache for stage in plan.resolved().stages),
+        best=best,
+        buckets=subject.buckets(subject.options.rounds),
+    )
 
 
 def measured(
-    subject: Subject, kind: str, arguments: Sequence[str], sides: Sequence[Side], rounds: int
+    subject: Subject,
+    kind: str,
+    arguments: Sequence[str],
+    sides: Sequence[Side],
+    *,
+    reference: Side | None = None,
+    more: Mapping[str, Any] = {},
 ) -> Results:
-    """Measure sides on a subject and keep the results, also those of a run that ends early."""
+    """Measure sides on a subject and keep the results, also those of a run that ends early.
+
+    Args:
+        subject: Model, requests and the plan whose operations are counted.
+        kind: Of the results file.
+        arguments: Of the command.
+        sides: The first is what the others are compared with.
+        reference: As `Comparison` takes it.
+        more: Put into the results.
+    """
     options = subject.options
-    results = Results(options.output, subject.header(kind, arguments))
+    results = Results(options.output, {**subject.header(kind, arguments), **more})
     data = results.data
     del data["parts"]
-    data["configuration"] |= {"rounds": rounds, "order": [side.name for side in sides]}
+    data["configuration"] |= {"rounds": options.rounds, "order": [side.name for side in sides]}
     counting = PictureArithmetic(subject.models, subject.plan)
-
-    def arithmetic(request: Request, made: Round) -> dict[str, float]:
-        return counting.of(request.prompt, request.negative_prompt, made.skips)
-
     comparison = Comparison(
         sides,
         subject.request,
         results,
-        arithmetic=arithmetic,
+        reference=reference,
+        arithmetic=lambda asked, made: counting.of(asked.prompt, asked.negative_prompt, made.skips),
         limit=lambda: limit_of(subject),
         strict=subject.strict,
+        device=subject.models.device,
     )
     try:
-        comparison.run(rounds)
-        data["partial"] = False
+        comparison.run(options.rounds)
+        data["partial"] = not comparison.complete
     except BaseException as error:
-        data["error"] = {"type": type(error).__name__, "message": str(error)[:1000]}
+        data["error"] = describe_error(error)
         if isinstance(error, KeyboardInterrupt):
             show(results)
         raise

@@ -87,7 +87,8 @@ def network_calls(files: Sequence[ResultsFile]) -> Markup:
     shown = [*filter(None, (_calls_figure(file) for file in files))]
     return section("Single network calls", [
         note("Median of one call of the network; the whisker runs from the 20th to the 80th "
-             "percentile. With guidance a call computes both prompts."),
+             "percentile. With guidance one program calls the network once for both prompts, "
+             "another once for each: see how many calls a picture has."),
         shown,
     ]) if shown else Markup("")  # fmt: skip
 

@@ -406,7 +406,7 @@ def test_the_engine_serves_a_queue_and_repeats_its_first_picture(plan, tmp_path,
         assert 0 <= queue_ms <= latency_ms
     assert data["check"] == {"distinct": count, "first picture made again": {"identical": True}}
     assert data["warm_up"]["check"] == {"warm-up picture made twice": {"identical": True}}
-    assert data["configuration"]["model"]["parameters"] > 1_000_000
+    assert data["configuration"]["model"]["parameters"]["network"] > 1_000_000
     assert data["configuration"]["plan"]["generation"]["stage3"]["width"] == 96
     assert str(tmp_path) not in json.dumps(data)
     assert "warming up: 1 requests, not counted" in capsys.readouterr().out

@@ -12,11 +12,17 @@ from PIL import Image
 from bench.measure import Comparison
 from bench.recorded_side import RecordedSide
 from bench.results import FORMAT, Results, ResultsFileError
-from bench.side import Request, SideError
+from bench.side import MissingRivalError, Request, SideError
 from bench.table import lines_of
 from tests.bench.sides import FakeSide, picture
 
-MACHINE = {"id": "m1", "commit": "abc", "time": "2026-01-01T00:00:00+00:00"}
+MACHINE = {
+    "id": "m1",
+    "threads": 2,
+    "torch": "2.13",
+    "commit": "abc",
+    "time": "2026-01-01T00:00:00+00:00",
+}
 CONFIGURATION = {
     "model": {"fingerprint": "f"},
     "plan": {},
@@ -41,7 +47,7 @@ def compare(
     return results.data
 
 
-def test_sides_alternate_and_each_round_asks_all_for_the_same_picture():
+def test_sides_alternate_in_turned_order_and_each_round_asks_all_for_the_same_picture():
     order: list[str] = []
 
     def noted(name: str) -> FakeSide:
@@ -53,12 +59,12 @@ def test_sides_alternate_and_each_round_asks_all_for_the_same_picture():
 
     sides = [noted("a"), noted("b")]
     compare(sides, rounds=2)
-    assert order[-4:] == ["a", "b", "a", "b"]
+    assert order[-4:] == ["a", "b", "b", "a"]  # drift within a round favours neither
     assert [asked.prompt for asked in sides[1].asked] == ["p, take 0", "p, take 1", "p, take 2"]
 
 
 def test_the_first_picture_is_no_round_and_a_ratio_is_taken_within_rounds():
-    slow_machine = {1: 99.0, 2: 99.0, 3: 2.0, 4: 2.0, 5: 20.0}
+    slow_machine = {1: 99.0, 2: 99.0, 3: 2.0, 4: 2.0, 5: 20.0}  # 2 is another seed's
     ours = FakeSide("ours", lambda number: slow_machine[number])
     theirs = FakeSide("theirs", lambda number: {1: 50.0, 2: 4.0, 3: 4.0, 4: 40.0}[number])
     found = compare([ours, theirs])
@@ -69,7 +75,7 @@ def test_the_first_picture_is_no_round_and_a_ratio_is_taken_within_rounds():
 
 def test_a_side_with_another_picture_gets_no_figures_and_the_others_go_on():
     wrong = FakeSide("wrong", draw=lambda asked: picture(99))
-    right = FakeSide("right", draw=lambda asked: picture(asked.seed, shift=1))
+    right = FakeSide("right")
     found = compare([FakeSide("ours"), wrong, right])
     assert "another picture" in found["sides"]["wrong"]["check"]["withheld"]
     assert "times" not in found["sides"]["wrong"]
@@ -80,12 +86,65 @@ def test_a_side_with_another_picture_gets_no_figures_and_the_others_go_on():
 
 def test_an_approximate_side_may_differ_but_not_as_much_as_another_seed():
     def worse(asked: Request) -> Image.Image:
-        return picture(asked.seed, shift=20)
+        return picture(asked.seed, shift=5)
 
-    found = compare([FakeSide("ours"), FakeSide("approximate", draw=worse, approximate=True),
-                     FakeSide("exact", draw=worse)])  # fmt: skip
+    sides = [FakeSide("ours"), FakeSide("approximate", draw=worse, approximate=True),
+             FakeSide("exact", draw=worse)]  # fmt: skip
+    found = compare(sides)
     assert "times" in found["sides"]["approximate"]
     assert "withheld" in found["sides"]["exact"]["check"]
+
+
+def test_a_side_whose_later_picture_is_another_one_loses_its_figures():
+    drawn = iter([5, 5, 5, 99])
+    found = compare([FakeSide("ours"), FakeSide("theirs", draw=lambda asked: picture(next(drawn)))])
+    assert "another picture" in found["sides"]["theirs"]["check"]["withheld"]
+    assert found["ratios"] == {}
+
+
+def test_a_rival_that_dies_keeps_the_rounds_it_made_and_the_file_is_partial(tmp_path: Path):
+    def die(number: int) -> float:
+        if number == 4:
+            raise SideError("was ended by signal 9")
+        return 2.0
+
+    results = Results(tmp_path / "r.json", HEADER)
+    sides = [FakeSide("ours"), FakeSide("theirs", die)]
+    comparison = Comparison(sides, request, results, say=lambda line: None)
+    comparison.run(3)
+    assert not comparison.complete
+    entry = results.data["sides"]["theirs"]
+    assert entry["ended"] == "after round 2: was ended by signal 9"
+    assert results.data["ratios"]["ours / theirs"]["total"]["pairs"] == 2
+
+
+def test_a_rival_with_an_error_of_its_own_ends_alone():
+    def fail(number: int) -> float:
+        raise RuntimeError("out of\nmemory")
+
+    found = compare([FakeSide("ours"), FakeSide("theirs", fail)])
+    assert found["sides"]["theirs"]["check"] == {"withheld": "RuntimeError: out of memory"}
+
+
+def test_a_rival_that_is_not_there_ends_the_run():
+    class Missing(FakeSide):
+        def start(self) -> dict[str, float]:
+            raise MissingRivalError("give --comfyui-url")
+
+    sides = [FakeSide("ours"), Missing("theirs")]
+    with pytest.raises(MissingRivalError, match="give --comfyui-url"):
+        compare(sides)
+    assert all(side.closed for side in sides)
+
+
+def test_the_first_side_must_make_the_references_picture():
+    wrong = FakeSide("plain", draw=lambda asked: picture(99))
+    with pytest.raises(SideError, match="another picture"):
+        compare([FakeSide("ours")], reference=wrong)
+    right = FakeSide("plain")
+    found = compare([FakeSide("ours")], reference=right)
+    assert found["pictures"]["ours / plain"][0]["identical"]
+    assert right.closed
 
 
 def test_a_first_side_that_is_wrong_ends_the_run():
@@ -101,7 +160,7 @@ def test_one_side_alone_must_make_the_same_picture_twice():
 
 def test_what_was_measured_before_the_end_is_kept_and_every_side_is_closed(tmp_path: Path):
     def interrupt(number: int) -> float:
-        if number == 4:
+        if number == 3:
             raise KeyboardInterrupt
         return 1.0
 
@@ -110,8 +169,8 @@ def test_what_was_measured_before_the_end_is_kept_and_every_side_is_closed(tmp_p
         compare(sides, tmp_path / "r.json")
     kept = json.loads((tmp_path / "r.json").read_text())
     assert kept["partial"] is True
-    assert kept["sides"]["theirs"]["times"]["total"]["runs"] == 2
-    assert kept["ratios"]["ours / theirs"]["total"]["pairs"] == 2
+    assert kept["sides"]["theirs"]["times"]["total"]["runs"] == 1
+    assert kept["ratios"]["ours / theirs"]["total"]["pairs"] == 1
     assert all(side.closed for side in sides)
 
 
@@ -163,8 +222,9 @@ def test_an_earlier_run_is_compared_round_by_round(earlier: Path):
     ("changes", "message"),
     [
         ({"machine": {"id": "m2"}}, "on another machine"),
-        ({"configuration": {**CONFIGURATION, "seed": 6}}, "another seed: 5 there, 6 here"),
+        ({"configuration": {**CONFIGURATION, "seed": 6}}, "another seed in .*: 5 there, 6 here"),
         ({"configuration": {**CONFIGURATION, "plan": {"x": 1}}}, "another plan"),
+        ({"machine": {**MACHINE, "threads": 8}}, "another threads in its machine: 2 there"),
     ],
 )
 def test_an_earlier_run_of_something_else_is_refused(
@@ -172,6 +232,14 @@ def test_an_earlier_run_of_something_else_is_refused(
 ):
     with pytest.raises(ResultsFileError, match=message):
         recorded(earlier, {**HEADER, **changes})
+
+
+def test_a_damaged_earlier_run_is_refused_in_one_line(tmp_path: Path):
+    path = tmp_path / "damaged.json"
+    for broken in ({"sides": []}, {"sides": {"a": {"times": {"total": {"all_ms": [1]}}}}}):
+        path.write_text(json.dumps({**HEADER, **broken}))
+        with pytest.raises(ResultsFileError, match="damaged"):
+            recorded(path)
 
 
 def test_an_earlier_run_with_too_few_rounds_or_without_its_pictures_is_refused(earlier: Path):
