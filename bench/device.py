@@ -9,7 +9,6 @@ the negative prompt has as many, so that both go through the network together.
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -157,7 +156,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("no CUDA device here; try the command out with --small --device cpu")
     if device.type != "cuda" and not options.small:
         parser.error(f"the full size is for CUDA devices; on {device}, add --small")
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(143))  # child processes end too
     if device.type == "cuda":
         torch.cuda.init()  # type: ignore[no-untyped-call]
     setting = Setting(device, options.small)

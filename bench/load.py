@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,7 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 if requests were answered and all checks passed."""
     given = list(sys.argv[2:] if arguments is None else arguments)
     options = _parse(given)
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(143))  # what was measured is kept
     try:
         records = _draw(options)
         clock = Clock()

@@ -15,7 +15,7 @@ from typing import Any
 
 FORMAT = "turbo-bench/1"
 """What a results file says it is; `bench/schema.md` describes it."""
-KINDS = ("run", "compare", "load", "quality", "device", "network")
+KINDS = ("run", "compare", "load", "quality", "device")
 
 Found = dict[str, Any]
 """What a part has found so far, ready for JSON."""

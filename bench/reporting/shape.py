@@ -114,7 +114,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "load": GENERAL | LOAD,
     "quality": GENERAL | QUALITY,
     "device": GENERAL | {"parts": Each({})},
-    "network": GENERAL,
 }
 """Kind -> keys that the report reads, each with its type. Any may be missing, others be there."""
 NAMES = {float: "a number", int: "a whole number", str: "a text", bool: "true or false"}
