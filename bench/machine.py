@@ -87,7 +87,13 @@ def _commit() -> str | None:
 def _gpu(device: torch.device) -> dict[str, Any]:
     facts = torch.cuda.get_device_properties(device)
     values = (
-        _output("nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader") or ""
+        _output(
+            "nvidia-smi",
+            f"--id=GPU-{facts.uuid}",
+            f"--query-gpu={','.join(_SMI_FIELDS)}",
+            "--format=csv,noheader",
+        )
+        or ""
     ).splitlines()
     first = values[0].split(", ") if values else []
     readable = dict(zip(_SMI_FIELDS, first)) if len(first) == len(_SMI_FIELDS) else {}

@@ -116,8 +116,12 @@ class Results:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        fresh.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        os.replace(fresh, self.path)
+        try:
+            fresh.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+            os.replace(fresh, self.path)
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
 
 
 def run_parts(

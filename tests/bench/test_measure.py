@@ -236,7 +236,8 @@ def test_an_earlier_run_of_something_else_is_refused(
 
 def test_a_damaged_earlier_run_is_refused_in_one_line(tmp_path: Path):
     path = tmp_path / "damaged.json"
-    for broken in ({"sides": []}, {"sides": {"a": {"times": {"total": {"all_ms": [1]}}}}}):
+    cases: list[dict[str, Any]] = [{"sides": []}, {"sides": {"a": {"times": {"total": [1]}}}}]
+    for broken in cases:
         path.write_text(json.dumps({**HEADER, **broken}))
         with pytest.raises(ResultsFileError, match="damaged"):
             recorded(path)
