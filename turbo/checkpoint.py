@@ -1,8 +1,9 @@
 """Model files, read tensor by tensor under native names whatever their layout is.
 
-Files are memory-mapped. A touched page of a mapping counts as resident memory while the mapping
-lives, so a file is mapped anew after every `_MAPPED_BYTES` that were read, and large tensors are
-read in runs of rows: the peak is the weights' own size plus about that much.
+Files are memory-mapped. A touched page of a mapping counts as resident memory while the
+mapping lives, so a file is mapped anew after every `_MAPPED_BYTES` that were read, and large
+tensors are read in runs of rows: the peak is the weights' own size plus about that much. Scales of
+float8 weights are applied run by run on the way, in float32.
 """
 
 from __future__ import annotations
@@ -42,20 +43,14 @@ from turbo.names import (
     native_places,
     select_names,
 )
+from turbo.scales import find_scales
 
 _MAPPED_BYTES = 16 << 20
 _CHUNK_BYTES = 8 << 20
 _LARGEST_JSON = 64 << 20
 
 _READABLE_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-
-# Tensors beside a quantised weight without which its values mean something else.
-_SCALES = re.compile(
-    r"(^|\.)scaled_fp8$"
-    r"|\.(scale_weight|scale_input|weight_scale(_2|_inv)?|input_scale)$"
-    r"|\.(comfy_quant|absmax|quant_map)$"
-)
-_SCALES_METADATA = "_quantization_metadata"
+_FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +60,8 @@ class _Source:
     file: int
     key: str
     entry: TensorEntry
+    scale: _Source | None = None
+    """What the values are to be multiplied with: one number, or one for each row."""
 
 
 class WeightHolder(Protocol):
@@ -104,7 +101,7 @@ class Checkpoint:
         """Arrange the tensors of `headers` under native names; nothing else is read yet.
 
         Raises:
-            CheckpointError: A tensor is there twice, is quantised, or lacks one of its parts.
+            CheckpointError: A tensor is there twice, cannot be read, or lacks a part or its scale.
         """
         self.component = component
         self.files = tuple(header.path for header in headers)
@@ -118,6 +115,8 @@ class Checkpoint:
 
     def copy_into(self, name: str, out: Tensor) -> None:
         """Copy one tensor into `out`, cast once from the file's dtype to that of `out`.
+
+        Scaled values are made in float32 first, and that is cast.
 
         Args:
             name: Native name, a key of `shapes`.
@@ -171,13 +170,38 @@ class Checkpoint:
             raise CheckpointError(f"{self.label}: the parts of {name} do not fit: {given}")
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
+    @torch.no_grad()
     def _copy_source(self, source: _Source, target: Tensor) -> None:
+        scale = None if source.scale is None else self._read_scale(source.scale)
+        for start, stop in _row_chunks(source):
+            values = self._read(source, start, stop)
+            run = target.narrow(0, start, stop - start) if source.entry.shape else target
+            if scale is not None:
+                factor = scale if len(scale) == 1 else scale[start:stop]
+                values = values.float().reshape(stop - start, -1) * factor
+            run.copy_(values.reshape(run.shape))
+
+    def _read_scale(self, source: _Source) -> Tensor:
+        """A weight's scale as a float32 column, of one row or as many as the weight has."""
+        scale = self._read(source, 0, source.entry.shape[0] if source.entry.shape else 1)
+        scale = scale.float().reshape(-1, 1).clone()
+        if not scale.isfinite().all():
+            path = self.files[source.file]
+            raise CheckpointError(
+                f"{path}: {shorten(source.key)} holds NaN or infinity; the file is damaged, get it "
+                "again"
+            )
+        return scale
+
+    def _read(self, source: _Source, start: int, stop: int) -> Tensor:
+        """Read rows of a file tensor, not scaled yet."""
         try:
-            for start, stop in _row_chunks(source.entry):
-                self._reader_for(source.file).copy(source, start, stop, target)
+            return self._reader_for(source.file).read(source, start, stop)
         except (SafetensorError, OSError) as error:
             path = self.files[source.file]
-            raise CheckpointError(f"{path}: cannot read {source.key}: {one_line(error)}") from error
+            raise CheckpointError(
+                f"{path}: cannot read {shorten(source.key)}: {one_line(error)}"
+            ) from error
 
     def _reader_for(self, file: int) -> _Reader:
         reader = self._reader
@@ -196,16 +220,13 @@ class _Reader:
         self.touched = 0
         self._handle: Any = safe_open(str(path), framework="pt", device="cpu")
 
-    def copy(self, source: _Source, start: int, stop: int, target: Tensor) -> None:
-        """Copy rows start..stop of a file tensor to the same rows of `target`."""
+    def read(self, source: _Source, start: int, stop: int) -> Tensor:
         if source.entry.shape:
-            values = self._handle.get_slice(source.key)[start:stop]
-            target = target.narrow(0, start, stop - start)
+            values: Tensor = self._handle.get_slice(source.key)[start:stop]
         else:
             values = self._handle.get_tensor(source.key)
-        with torch.no_grad():
-            target.copy_(values.reshape(target.shape))
         self.touched += values.numel() * values.element_size()
+        return values
 
 
 def open_file(component: str, *paths: Path | str) -> Checkpoint:
@@ -330,18 +351,24 @@ def _collect_sources(
     """Group the file tensors of a component by native name, parts in row order."""
     files = _index_names(headers)
     inner = select_names(files, prefix)
-    _refuse_scales(headers, inner)
     _refuse_gaps(headers[0].path, inner.values())
-    places = native_places(component, inner.values())
+    scaling = find_scales(headers, files, inner, prefix)
+
+    def source(key: str) -> _Source:
+        scale = scaling.scales.get(key)
+        entry = _readable(headers[files[key]], key)
+        return _Source(files[key], key, entry, None if scale is None else source(scale))
+
+    places = native_places(component, scaling.weights.values())
     parts: dict[Place, _Source] = {}
-    for key, name in inner.items():
-        header = headers[files[key]]
+    for key, name in scaling.weights.items():
         if places[name] in parts:
             other = shorten(parts[places[name]].key)
             raise CheckpointError(
-                f"{header.path}: {shorten(key)} and {other} are the same tensor under two names"
+                f"{headers[files[key]].path}: {shorten(key)} and {other} are the same tensor under "
+                "two names"
             )
-        parts[places[name]] = _Source(files[key], key, _readable(header, key))
+        parts[places[name]] = source(key)
     grouped: dict[str, list[Place]] = {}
     for place in sorted(parts, key=lambda place: place.part):
         grouped.setdefault(place.name, []).append(place)
@@ -401,24 +428,16 @@ def _readable(header: Header, key: str) -> TensorEntry:
     return entry
 
 
-def _refuse_scales(headers: Sequence[Header], names: Iterable[str]) -> None:
-    """Quantised values without their scales are wrong values, so such a file is never half read."""
-    scales = sorted(name for name in names if _SCALES.search(name))
-    if any(_SCALES_METADATA in header.metadata for header in headers):
-        scales.append(_SCALES_METADATA)
-    if scales:
-        raise CheckpointError(
-            f"{headers[0].path}: is quantised with scales, which are not read yet "
-            f"({some_names(scales)}); give a bfloat16, float16, float32 or plain float8 file"
-        )
+def _row_chunks(source: _Source) -> list[tuple[int, int]]:
+    """Cut a tensor into runs of rows of about `_CHUNK_BYTES`, as read and in float32 if it will be.
 
-
-def _row_chunks(entry: TensorEntry) -> list[tuple[int, int]]:
-    """Cut a tensor into runs of rows of about `_CHUNK_BYTES`, so that no mapping grows large."""
+    So no mapping grows large, and no copy.
+    """
+    entry = source.entry
     if not entry.shape:
         return [(0, 1)]
-    row_bytes = math.prod(entry.shape[1:]) * _READABLE_DTYPES[entry.dtype]
-    step = max(1, _CHUNK_BYTES // max(1, row_bytes))
+    width = _FLOAT32_BYTES if source.scale is not None else _READABLE_DTYPES[entry.dtype]
+    step = max(1, _CHUNK_BYTES // max(1, math.prod(entry.shape[1:]) * width))
     return [(row, min(row + step, entry.shape[0])) for row in range(0, entry.shape[0], step)]
 
 

@@ -300,29 +300,6 @@ def test_a_header_length_that_looks_like_a_pickle_is_no_pickle(start: bytes, tmp
     assert open_file(NETWORK, path).shapes == {"x_pad_token": (1,)}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "scaled_fp8",
-        "layers.0.feed_forward.w1.scale_weight",
-        "layers.0.feed_forward.w1.weight_scale",
-        "layers.0.feed_forward.w1.comfy_quant",
-    ],
-)
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_quantised_weights_with_scales_are_never_loaded_without_them(prefix, name, tmp_path: Path):
-    tensors = {prefix + key: value for key, value in small_network().items()}
-    path = write(tmp_path / "fp8.safetensors", tensors | {prefix + name: torch.ones(1)})
-    with pytest.raises(CheckpointError, match=f"quantised with scales.*{name}"):
-        open_file(NETWORK, path)
-
-
-def test_scales_announced_in_the_metadata_are_refused(tmp_path: Path):
-    path = write(tmp_path / "q.safetensors", small_network(), {"_quantization_metadata": "{}"})
-    with pytest.raises(CheckpointError, match="quantised with scales"):
-        open_file(NETWORK, path)
-
-
 def test_integer_weights_are_refused(tmp_path: Path):
     tensors = small_network() | {"cap_pad_token": torch.ones(1, 8, dtype=torch.int8)}
     with pytest.raises(CheckpointError, match="cap_pad_token has dtype I8"):
