@@ -1,9 +1,9 @@
 """Model files, read tensor by tensor under native names whatever their layout is.
 
-Files are memory-mapped. A touched page of a mapping counts as resident memory while the
+Safetensors files are memory-mapped. A touched page of a mapping counts as resident memory while the
 mapping lives, so a file is mapped anew after every `_MAPPED_BYTES` that were read, and large
-tensors are read in runs of rows: the peak is the weights' own size plus about that much. Scales of
-float8 weights are applied run by run on the way, in float32.
+tensors are read in runs of rows: the peak is the weights' own size plus about that much. What is
+quantised in a file is made into floats run by run on the way, in float32.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from turbo import gguf_file
 from turbo.errors import CheckpointError
 from turbo.header import (
     Header,
@@ -39,6 +40,7 @@ from turbo.names import (
     TEXT_ENCODER,
     Place,
     find_prefix,
+    is_pad_token,
     is_plain_matrix,
     native_places,
     select_names,
@@ -86,7 +88,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     """The files that are read."""
     config: dict[str, Any]
-    """``config.json`` of a diffusers folder, else empty."""
+    """``config.json`` of a diffusers folder, or as much as a GGUF text encoder says, else empty."""
     shapes: dict[str, tuple[int, ...]]
     """Native name -> shape of everything the files hold for this component."""
 
@@ -107,6 +109,7 @@ class Checkpoint:
         self.files = tuple(header.path for header in headers)
         self.config = dict(config or {})
         self._stamps = tuple(header.stamp for header in headers)
+        self._formats = tuple(header.format for header in headers)
         self._sources = _collect_sources(component, headers, prefix)
         self.shapes = {
             name: self._native_shape(name, sources) for name, sources in self._sources.items()
@@ -116,7 +119,7 @@ class Checkpoint:
     def copy_into(self, name: str, out: Tensor) -> None:
         """Copy one tensor into `out`, cast once from the file's dtype to that of `out`.
 
-        Scaled values are made in float32 first, and that is cast.
+        Quantised values are made into float32 first, and that is cast.
 
         Args:
             name: Native name, a key of `shapes`.
@@ -194,7 +197,7 @@ class Checkpoint:
         return scale
 
     def _read(self, source: _Source, start: int, stop: int) -> Tensor:
-        """Read rows of a file tensor, not scaled yet."""
+        """Read rows of a file tensor, dequantised but not scaled."""
         try:
             return self._reader_for(source.file).read(source, start, stop)
         except (SafetensorError, OSError) as error:
@@ -208,11 +211,23 @@ class Checkpoint:
         if reader is None or reader.file != file or reader.touched >= _MAPPED_BYTES:
             self._reader = None  # the old mapping goes before the new one comes
             check_stamp(self.files[file], self._stamps[file])
-            reader = self._reader = _Reader(file, self.files[file])
+            reader = self._reader = _READERS[self._formats[file]](file, self.files[file])
         return reader
 
 
-class _Reader:
+class _Reader(Protocol):
+    """Reads one file for a while."""
+
+    file: int
+    """Its number."""
+    touched: int
+    """How many bytes were read."""
+
+    def read(self, source: _Source, start: int, stop: int) -> Tensor:
+        """Rows start..stop of a file tensor."""
+
+
+class _SafetensorsReader:
     """One mapping of one file, and how much of it was touched."""
 
     def __init__(self, file: int, path: Path) -> None:
@@ -229,19 +244,51 @@ class _Reader:
         return values
 
 
+class _GgufReader:
+    """One file that is opened for each run of rows, so that nothing stays open or mapped."""
+
+    def __init__(self, file: int, path: Path) -> None:
+        self.file = file
+        self.touched = 0
+        self._path = path
+
+    def read(self, source: _Source, start: int, stop: int) -> Tensor:
+        values = gguf_file.read_rows(self._path, source.entry, start, stop)
+        self.touched += values.numel() * values.element_size()
+        return values if source.entry.shape else values[0]
+
+
+_READERS: Mapping[str, Callable[[int, Path], _Reader]] = {
+    "safetensors": _SafetensorsReader,
+    gguf_file.FORMAT: _GgufReader,
+}
+
+
+def open_header(path: Path | str) -> Header:
+    """Read the table of contents of a model file, of the format that its content shows.
+
+    Raises:
+        CheckpointError: It is missing, damaged or of another format.
+    """
+    return gguf_file.read_gguf_header(path) if gguf_file.is_gguf(path) else read_header(path)
+
+
 def open_file(component: str, *paths: Path | str) -> Checkpoint:
     """Open a component of a single file (or of several that belong together).
 
     Args:
         component: One of `turbo.names.COMPONENTS`.
-        paths: Safetensors files; the prefix of the names is found out, so that an all-in-one
-            checkpoint serves for each of its components.
+        paths: Safetensors or GGUF files; the prefix of the names is found out, so that an
+            all-in-one checkpoint serves for each of its components.
 
     Raises:
         CheckpointError: A file is missing, damaged, of another format or of another model.
     """
-    headers = [read_header(path) for path in paths]
-    return _arrange(component, headers, ", ".join(str(path) for path in paths), {})
+    headers = [open_header(path) for path in paths]
+    config = gguf_file.gguf_config(headers[0]) if component == TEXT_ENCODER else {}
+    checkpoint = _arrange(component, headers, ", ".join(str(path) for path in paths), config)
+    _check_config(checkpoint, headers[0].path)
+    return checkpoint
 
 
 def open_folder(component: str, folder: Path | str) -> Checkpoint:
@@ -415,28 +462,35 @@ def _refuse_gaps(path: Path, names: Iterable[str]) -> None:
 
 def _readable(header: Header, key: str) -> TensorEntry:
     entry = header.tensors[key]
-    if entry.dtype not in _READABLE_DTYPES:
+    if header.format == gguf_file.FORMAT:
+        is_readable, allowed = gguf_file.is_readable(entry.dtype), "floats and their quantisations"
+    else:
+        is_readable, allowed = entry.dtype in _READABLE_DTYPES, ", ".join(_READABLE_DTYPES)
+    if not is_readable:
         raise CheckpointError(
             f"{header.path}: {shorten(key)} has dtype {entry.dtype}, which is not read; allowed "
-            f"are {', '.join(_READABLE_DTYPES)}"
+            f"are {allowed}"
         )
     if 0 in entry.shape:
         raise CheckpointError(
             f"{header.path}: {shorten(key)} of shape {list(entry.shape)} has no values; the file "
             "is damaged, get it again"
         )
+    if header.format == gguf_file.FORMAT and is_pad_token(key) and len(entry.shape) == 1:
+        return replace(entry, shape=(1, *entry.shape))
     return entry
 
 
 def _row_chunks(source: _Source) -> list[tuple[int, int]]:
     """Cut a tensor into runs of rows of about `_CHUNK_BYTES`, as read and in float32 if it will be.
 
-    So no mapping grows large, and no copy.
+    So no mapping grows large, and no copy. A vector's runs are whole blocks of every quantisation.
     """
     entry = source.entry
     if not entry.shape:
         return [(0, 1)]
-    width = _FLOAT32_BYTES if source.scale is not None else _READABLE_DTYPES[entry.dtype]
+    is_decoded = source.scale is not None or entry.dtype not in _READABLE_DTYPES
+    width = _FLOAT32_BYTES if is_decoded else _READABLE_DTYPES[entry.dtype]
     step = max(1, _CHUNK_BYTES // max(1, math.prod(entry.shape[1:]) * width))
     return [(row, min(row + step, entry.shape[0])) for row in range(0, entry.shape[0], step)]
 

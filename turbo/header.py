@@ -31,21 +31,23 @@ class TensorEntry:
     """What a file's header says about one tensor."""
 
     dtype: str
-    """Name in the file, such as ``BF16``."""
+    """Name in the file, such as ``BF16`` or ``Q8_0``."""
     shape: tuple[int, ...]
     offset: int
-    """Position of the first byte in the file's data block."""
+    """Position of the first byte, which tells the order on disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The table of contents of one safetensors file."""
+    """The table of contents of one model file."""
 
     path: Path
     tensors: dict[str, TensorEntry]
-    metadata: dict[str, str]
+    metadata: dict[str, Any]
     stamp: tuple[int, int]
     """Size in bytes and time of change in nanoseconds when the header was read."""
+    format: str = "safetensors"
+    """``safetensors`` or ``gguf``."""
 
 
 def read_header(path: Path | str) -> Header:
@@ -121,7 +123,7 @@ _PICKLE_SENTENCE = (
     "give a safetensors file"
 )
 _OTHER_FORMATS = (
-    (b"GGUF", "is a GGUF file, which is not read yet; give a safetensors file"),
+    (b"GGUF", "is a GGUF file, which cannot be used here; give a safetensors file"),
     (b"PK\x03\x04", _PICKLE_SENTENCE),
     *((bytes((0x80, version)), _PICKLE_SENTENCE) for version in range(2, 6)),
     (b"version https://git-lfs", "is a Git LFS pointer, not the weights; fetch the file itself"),
@@ -139,13 +141,13 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, fields: Mapping[str, Any]) -> TensorEntry:
     shape = tuple(fields["shape"])
-    if not _is_possible(shape):
+    if not is_possible(shape):
         given = shorten(str(list(shape)))
         raise CheckpointError(f"{path}: {shorten(name)} has an impossible shape {given}")
     return TensorEntry(fields["dtype"], shape, fields["data_offsets"][0])
 
 
-def _is_possible(shape: Sequence[int]) -> bool:
+def is_possible(shape: Sequence[int]) -> bool:
     """Whether a tensor can have this shape; one without values can claim anything in a file."""
     return (
         len(shape) <= _MOST_DIMENSIONS

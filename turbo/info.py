@@ -27,6 +27,7 @@ PACKAGES = (
     "pyyaml",
     "torchsde",
     "websocket-client",
+    "gguf",
 )
 
 

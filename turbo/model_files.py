@@ -14,9 +14,8 @@ from os.path import isdir, isfile  # false, not an error, for what cannot be a p
 from pathlib import Path
 
 from turbo.cache_folder import user_cache
-from turbo.checkpoint import Checkpoint, open_checkpoint
+from turbo.checkpoint import Checkpoint, open_checkpoint, open_header
 from turbo.errors import CheckpointError, LoraError, TokenizerNotFoundError
-from turbo.header import read_header
 from turbo.names import (
     AUTOENCODER,
     COMPONENT_WORDS,
@@ -45,7 +44,8 @@ _COMFYUI_NAMES = {name for names in _COMFYUI_FOLDERS.values() for name in names}
 _LORAS = "loras"
 _DIFFUSERS_FOLDERS = {NETWORK: "transformer", TEXT_ENCODER: "text_encoder", AUTOENCODER: "vae"}
 _ARGUMENTS = {NETWORK: "diffusion_model", TEXT_ENCODER: "text_encoder", AUTOENCODER: "vae"}
-_MODEL_SUFFIXES = {".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin"}
+_SUFFIXES = (".safetensors", ".gguf")
+_MODEL_SUFFIXES = {*_SUFFIXES, ".sft", ".ckpt", ".pt", ".pth", ".bin"}
 
 # Tensors whose second dimension must agree between the components.
 _CAPTION_WIDTH = "cap_embedder.1.weight"
@@ -64,7 +64,7 @@ _NAMES_SHOWN = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFiles:
-    """A complete set of model files; each component is a safetensors file or a folder of them."""
+    """A complete set of model files; each component is a file or a folder of several."""
 
     layout: str
     """``comfyui``, ``diffusers``, ``files`` or ``all-in-one``."""
@@ -203,7 +203,7 @@ class _Home:
     @classmethod
     def at(cls, path: Path) -> _Home:
         if isfile(path):
-            read_header(path)  # a damaged file is refused before its companions are looked for
+            open_header(path)  # a damaged file is refused before its companions are looked for
             return cls("files", path, _models_folder_of([path]))
         if not isdir(path):
             raise CheckpointError(f"{path}: no such file or folder")
@@ -254,7 +254,7 @@ def _resolve_name(component: str, name: Path | str, home: _Home) -> Path:
         return path
     places = [place for group in home.groups(component) for place in group if isdir(place)]
     for place in places:
-        for candidate in (place / path, place / f"{path}.safetensors"):
+        for candidate in (place / path, *(place / f"{path}{suffix}" for suffix in _SUFFIXES)):
             if isfile(candidate):
                 return candidate
     there = [file.name for place in places for file in _files_in(place, home)]
@@ -357,7 +357,7 @@ def _pick(component: str, files: Sequence[Path]) -> Path:
 
 def _contents(file: Path) -> _Contents:
     try:
-        tensors = read_header(file).tensors if isfile(file) else {}
+        tensors = open_header(file).tensors if isfile(file) else {}
     except CheckpointError as error:
         return _Contents({}, refusal=str(error).removeprefix(f"{file}: "))
     widths = {}

@@ -2,11 +2,11 @@
 
 *Native* names are those of ComfyUI's single files. A diffusers folder calls the same tensors
 differently: the network's q, k and v are three matrices there and one here, and the autoencoder
-counts its decoder levels from the other end. Text only: no tensor is touched and nothing heavy is
-imported.
+counts its decoder levels from the other end. GGUF files have llama.cpp's names for the text encoder
+and native ones for the network. Text only: no tensor is touched and nothing heavy is imported.
 
 Source: diffusers ``ZImageTransformer2DModel`` and ``AutoencoderKL`` (state dict keys), transformers
-``Qwen3Model``.
+``Qwen3Model``, llama.cpp ``gguf-py/gguf/constants.py`` (``MODEL_ARCH.QWEN3``).
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ _MARKERS: Mapping[str, tuple[str, ...]] = {
     NETWORK: ("x_pad_token", "cap_embedder.1.weight", "layers.0.feed_forward.w1.weight"),
     TEXT_ENCODER: ("embed_tokens.weight", "layers.0.self_attn.q_norm.weight"),
     AUTOENCODER: ("decoder.conv_in.weight", "decoder.conv_out.weight"),
+}
+
+# The same of a text encoder in llama.cpp's words.
+_LLAMA_MARKERS = {
+    "embed_tokens.weight": "token_embd.weight",
+    "layers.0.self_attn.q_norm.weight": "blk.0.attn_q_norm.weight",
 }
 
 
@@ -103,7 +109,8 @@ def native_places(component: str, names: Iterable[str]) -> dict[str, Place]:
 
     Args:
         component: One of `COMPONENTS`.
-        names: All tensor names of the component (diffusers, transformers or native), no prefix.
+        names: All tensor names of the component (diffusers, transformers, llama.cpp or native), no
+            prefix.
 
     Returns:
         The place of each name, in the order given; unknown names keep their name.
@@ -140,10 +147,21 @@ def is_plain_matrix(name: str) -> bool:
     )
 
 
+def is_pad_token(name: str) -> bool:
+    """Whether a name, with or without prefix, is of a network tensor [1, C].
+
+    GGUF files may keep these as vectors [C]: the programs that write them drop outer dimensions of
+    one.
+    """
+    return name.rpartition(".")[2] in ("x_pad_token", "cap_pad_token")
+
+
 def _has(component: str, marker: str, prefix: str, present: set[str]) -> bool:
     if prefix + marker in present:
         return True
-    return component == TEXT_ENCODER and f"{prefix}model.{marker}" in present
+    if component != TEXT_ENCODER:
+        return False
+    return f"{prefix}model.{marker}" in present or prefix + _LLAMA_MARKERS[marker] in present
 
 
 def _placer(component: str, names: list[str]) -> Callable[[str], Place]:
@@ -243,5 +261,31 @@ def _count_levels(names: Iterable[str], pattern: str) -> int:
     return 1 + max((int(m[1]) for name in names if (m := re.match(pattern, name))), default=-1)
 
 
+# Rows of q and k stay as they are: llama.cpp reorders them for Llama, not for Qwen.
+_LLAMA_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_LLAMA_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
 def _text_encoder_to_native(name: str) -> str:
+    if name in _LLAMA_TOP:
+        return _LLAMA_TOP[name]
+    layer = re.fullmatch(r"blk\.([0-9]{1,9})\.([a-z_]+)\.weight", name)
+    if layer and layer[2] in _LLAMA_LAYER:
+        return f"model.layers.{layer[1]}.{_LLAMA_LAYER[layer[2]]}.weight"
     return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"

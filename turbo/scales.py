@@ -198,7 +198,7 @@ class _Finder:
         if others:
             raise CheckpointError(
                 f"{self.headers[self.files[others[0]]].path}: is quantised in a way that is not "
-                f"read ({some_names(others)}); give a bfloat16, float16, float32 or float8 "
+                f"read ({some_names(others)}); give a bfloat16, float16, float32, float8 or GGUF "
                 "file"
             )
 

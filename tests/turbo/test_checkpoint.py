@@ -267,13 +267,6 @@ def test_a_zipped_pickle_is_refused(tmp_path: Path):
         open_file(NETWORK, path)
 
 
-def test_a_gguf_file_is_refused_with_a_hint(tmp_path: Path):
-    path = tmp_path / "qwen.safetensors"
-    path.write_bytes(b"GGUF\x03\0\0\0" + bytes(100))
-    with pytest.raises(CheckpointError, match=r"GGUF .* not read yet; give a safetensors file"):
-        open_file(TEXT_ENCODER, path)
-
-
 @pytest.mark.parametrize(
     ("content", "word"),
     [

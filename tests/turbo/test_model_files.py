@@ -271,7 +271,7 @@ def test_a_path_may_begin_with_the_users_home(root: Path, monkeypatch: pytest.Mo
 def test_files_that_cannot_be_read_are_listed_when_nothing_else_is_there(models: Path):
     single_files(models)[TEXT_ENCODER].unlink()
     (models / "text_encoders" / "qwen_3_4b.gguf").write_bytes(b"GGUF" + bytes(20))
-    with pytest.raises(CheckpointError, match=r"qwen_3_4b\.gguf is a GGUF file, which is not read"):
+    with pytest.raises(CheckpointError, match=r"qwen_3_4b\.gguf is a truncated or damaged GGUF"):
         find_model_files(models)
 
 
