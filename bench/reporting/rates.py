@@ -65,13 +65,17 @@ def _share_figure(file: ResultsFile) -> Markup:
 
 
 def _all_shares(file: ResultsFile) -> Iterator[tuple[str, dict[str, float]]]:
+    """Shares by side; none of a file in which one is above 1: its limit was measured too low."""
+    known = [share for side in file.measured for share in side.entry("share_of_limit").values()]
+    if any(share is not None and share > 1 for share in known):
+        return
     for side in file.measured:
         yield (
             side.name,
             {
                 part: share
                 for part, share in side.entry("share_of_limit").items()
-                if share is not None and share <= 1  # else the limit was measured too low
+                if share is not None
             },
         )
     found: dict[str, dict[str, float]] = {}
