@@ -96,7 +96,7 @@ def _entry(file: ResultsFile, side: Side, name: str, unit: str, value: float) ->
 def _extra(file: ResultsFile, side: Side) -> str:
     """What a reader of the action's chart sees beside a point."""
     machine = file.machine
-    kind = "approximate" if side.data.get("approximate") else "exact"
+    kind = "approximate" if side.approximate else "exact"
     facts = [
         f"commit: {machine.get('commit') or 'not known'}",
         f"machine: {machine.get('processor') or 'not known'}, {machine.get('threads')} threads",

@@ -37,6 +37,12 @@ class Side:
         return plain(self.entry("settings").get("program") or self.name.split(",")[0].strip())
 
     @property
+    def approximate(self) -> bool:
+        """Whether its picture may differ by more than rounding: network calls left out count."""
+        skips = self.entry("skips").values()
+        return bool(self.data.get("approximate")) or any(saved for saved, _ in skips)
+
+    @property
     def setting(self) -> str:
         """Name and settings; equal in sides whose times may stand in one line of the history."""
         settings = {

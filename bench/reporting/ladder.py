@@ -83,7 +83,7 @@ def _ladder_figure(file: ResultsFile, rungs: Sequence[Side]) -> Markup:
         value = tag("span", tag("strong", milliseconds(rung.total_ms)), of_first, class_="value")
         heading = join(side_name(rung), value, tag("span", changed, class_="note switch"))
         spoken = f"{rung.name}: {milliseconds(rung.total_ms)}, {compared} of {rungs[0].name}"
-        colour = "stage-3" if not rung.data.get("approximate") else "decode"
+        colour = "stage-3" if not rung.approximate else "decode"
         rows.append(
             Bar(
                 heading,
@@ -92,7 +92,7 @@ def _ladder_figure(file: ResultsFile, rungs: Sequence[Side]) -> Markup:
                 (total["p20_ms"], total["p80_ms"]),
             )
         )
-        mark = "approximate" if rung.data.get("approximate") else "exact"
+        mark = "approximate" if rung.approximate else "exact"
         cells.append([rung.name, mark, milliseconds(rung.total_ms), spread_text(total),
                       compared, tag("span", changed)])  # fmt: skip
     return figure(

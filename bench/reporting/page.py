@@ -129,8 +129,7 @@ def headline(files: Sequence[ResultsFile]) -> Markup | None:
         for side, other, found in file.ratios()
         if not file.partial
         and side.program != other.program
-        and not side.data.get("approximate")
-        and not other.data.get("approximate")
+        and side.approximate == other.approximate
         and side.data.get("best") == other.data.get("best")
     ]
     if not compared:

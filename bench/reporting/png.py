@@ -106,7 +106,7 @@ def _tidy(axis: Any, sides: Sequence[Side]) -> None:
 
 
 def _marked(side: Side) -> str:
-    kind = "approximate" if side.data.get("approximate") else "exact"
+    kind = "approximate" if side.approximate else "exact"
     best = ", its best" if side.data.get("best") else ""
     return f"{_short(side.name, MOST_LETTERS['side'])}\n{kind}{best}"
 
@@ -141,7 +141,7 @@ def _stages(axis: Any, file: ResultsFile, sides: Sequence[Side]) -> None:
 def _ladder(axis: Any, file: ResultsFile, sides: Sequence[Side]) -> None:
     for at, side in enumerate(sides):
         total = side.times["total"]
-        approximate = bool(side.data.get("approximate"))
+        approximate = side.approximate
         fill, _ = COLOURS["decode" if approximate else "stage-3"]
         axis.barh(at, side.total_ms, height=0.5, color=fill, hatch="///" if approximate else None,
                   edgecolor="white", linewidth=0)  # fmt: skip

@@ -26,7 +26,7 @@ def side_name(side: Side) -> Markup:
         "span",
         tag("span", side.name, class_="side"),
         " ",
-        badge("approximate", "approximate") if side.data.get("approximate") else badge("exact"),
+        badge("approximate", "approximate") if side.approximate else badge("exact"),
         " ",
         badge("its best", "best") if side.data.get("best") else None,
     )

@@ -74,7 +74,8 @@ def _grouped(sides: Sequence[Side]) -> dict[str, list[Side]]:
         if side.data.get("best"):
             groups[BEST].append(side)
         else:
-            groups[APPROXIMATE if side.data.get("approximate") else SHARED].append(side)
+            like_the_first = side.approximate == sides[0].approximate
+            groups[SHARED if like_the_first else APPROXIMATE].append(side)
     return {title: group for title, group in groups.items() if group}
 
 
