@@ -95,7 +95,8 @@ def test_distances_are_symmetric_and_in_their_ranges(x: Any, y: Any):
     assert there["ssim"] == pytest.approx(back["ssim"])
     assert -1 - 1e-9 <= there["ssim"] <= 1 + 1e-9
     assert there["identical"] == bool((x == y).all())
-    assert there["psnr_db"] is None or there["psnr_db"] >= 20 * math.log10(255 / there["largest"])
+    if there["psnr_db"] is not None:  # the largest difference everywhere would be the least
+        assert there["psnr_db"] >= 20 * math.log10(255 / there["largest"]) - 1e-9
 
 
 def test_flip_is_there_where_it_is_installed():
