@@ -368,7 +368,7 @@ def _write_comfyui(
         (AUTOENCODER, "vae/ae.safetensors"),
     ):
         _save(weights[component], models / place, dtype)
-    _write_tokenizer(models / "tokenizer")
+    write_tokenizer(models / "tokenizer")
 
 
 def _write_diffusers(
@@ -385,7 +385,12 @@ def _write_diffusers(
     ):
         _save(to_diffusers(component, weights[component]), folder / place, dtype)
         _write_json((folder / place).with_name("config.json"), configs[component])
-    _write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer")
+    write_pipeline(folder)
+
+
+def write_pipeline(folder: Path) -> None:
+    """Write what makes a folder of components one that diffusers knows: index and scheduler."""
     _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
     _write_json(folder / "model_index.json", _MODEL_INDEX)
 
@@ -492,14 +497,22 @@ _MODEL_INDEX = {
 }
 
 
-def _write_tokenizer(folder: Path) -> None:
-    """Byte-level BPE over the 256 bytes, a few merges, and Qwen's control tokens after them."""
-    tokens = [*_byte_characters(), *(merge.replace(" ", "") for merge in _MERGES)]
+def write_tokenizer(folder: Path, merges: Sequence[str] = _MERGES) -> int:
+    """Write byte-level BPE over the 256 bytes and merges, with Qwen's control tokens after them.
+
+    Args:
+        folder: Gets ``vocab.json``, ``merges.txt`` and ``tokenizer_config.json``.
+        merges: In order; each two tokens with a blank between.
+
+    Returns:
+        How many ids there are.
+    """
+    tokens = [*_byte_characters(), *(merge.replace(" ", "") for merge in merges)]
     _write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
-    lines = ("#version: 0.2", *_MERGES)
+    lines = ("#version: 0.2", *merges)
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     added = {
-        str(_control_token_id(token)): {
+        str(_control_token_id(token, merges)): {
             "content": token,
             "lstrip": False,
             "normalized": False,
@@ -526,10 +539,11 @@ def _write_tokenizer(folder: Path) -> None:
         "unk_token": None,
     }
     _write_json(folder / "tokenizer_config.json", config)
+    return len(tokens) + len(_CONTROL_TOKENS)
 
 
-def _control_token_id(token: str) -> int:
-    return 256 + len(_MERGES) + _CONTROL_TOKENS.index(token)
+def _control_token_id(token: str, merges: Sequence[str] = _MERGES) -> int:
+    return 256 + len(merges) + _CONTROL_TOKENS.index(token)
 
 
 def _byte_characters() -> list[str]:

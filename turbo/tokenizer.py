@@ -26,7 +26,7 @@ PROMPT_SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 PAD_TOKEN = "<|endoftext|>"
 
 # Qwen's split of text into words: https://github.com/QwenLM/Qwen (tokenization note), Apache-2.0.
-_WORDS = (
+WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -200,7 +200,7 @@ def _read_pair(vocabulary: Path, merges: Path) -> BackendTokenizer:
     backend.normalizer = NFC()
     backend.pre_tokenizer = PreTokenizers(
         [
-            Split(Regex(_WORDS), behavior="isolated"),
+            Split(Regex(WORDS), behavior="isolated"),
             ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -232,8 +232,12 @@ def _rms_norm(x: Tensor, factor: Tensor, eps: float = NORM_EPS) -> Tensor:
 
 
 def _is_eager_cpu(x: Tensor) -> bool:
-    """Whether operations run one by one on a CPU, where each pass over memory counts."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether operations run one by one on a CPU, where each pass over memory counts.
+
+    Not in training: what is changed in place cannot be differentiated.
+    """
+    is_eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    return x.device.type == "cpu" and is_eager
 
 
 class FeedForward(nn.Module):
@@ -265,7 +269,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w13(x).chunk(2, dim=-1)
-        if torch.compiler.is_compiling():  # in place would have it write all of w13's result again
+        # Compiled code in place would write all of w13's result again.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return self.w2(clamp_float16(F.silu(gate) * value))
         # In place: fresh memory for a product this large costs more than filling it.
         return self.w2(clamp_float16(F.silu(gate, inplace=True).mul_(value)))
@@ -461,13 +466,15 @@ class Transformer(nn.Module):
 
         Args:
             features: Padded, [batch, a multiple of 32, caption_dim]; finite values past the end.
-            length: Real tokens, a scalar integer.
+            length: Real tokens, a scalar integer, or [batch, 1] integers.
             rotary: ``rotary_table(0, 0, features.shape[1])``.
             run: Runs each block.
         """
         embedded = self.cap_embedder(_rms_norm(features.to(self.compute_dtype), self.cap_norm))
         is_real = torch.arange(features.shape[1], device=features.device) < length
-        caption = torch.where(is_real.unsqueeze(1), embedded, self.cap_pad_token.to(embedded.dtype))
+        caption = torch.where(
+            is_real.unsqueeze(-1), embedded, self.cap_pad_token.to(embedded.dtype)
+        )
         for block in _blocks(self.context_refiner):
             caption = run(block, caption, block.factors(None)[0], rotary)
         return caption.to(self.dtype)
@@ -539,7 +546,8 @@ class Transformer(nn.Module):
         Args:
             latent: [batch, channels, height, width], network dtype; odd sides are allowed.
             caption: `refine_caption()`'s result, [batch, caption tokens, dim].
-            modulation: One row of `modulation_table()`, [4 * modulated blocks + 1, dim].
+            modulation: One row of `modulation_table()`, [4 * modulated blocks + 1, dim]; where each
+                latent of the batch has its own sigma, [4 * modulated blocks + 1, batch, 1, dim].
             rotary: `rotary_table(height, width, caption tokens)`.
             refine: Runs each noise refiner, on the image's tokens.
             join: Runs each layer, on all tokens.
@@ -550,7 +558,7 @@ class Transformer(nn.Module):
         height, width = latent.shape[-2:]
         patches = patchify(latent).to(self.compute_dtype)
         image = _pad(self.x_embedder(patches), self.x_pad_token)
-        factors = iter(modulation[:-1].reshape(-1, 4, self.config.dim).unbind())
+        factors = iter(modulation[:-1].reshape(-1, 4, *modulation.shape[1:]).unbind())
         image_rotary = rotary[caption.shape[1] :]
         for block in _blocks(self.noise_refiner):
             image = refine(block, image, next(factors), image_rotary)

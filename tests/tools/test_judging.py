@@ -1,0 +1,87 @@
+"""The judge says of drawn scenes what they show, and of wrong ones that they are wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tools.judging import background_of, judge_one, judge_two, outlined_share, things_of
+from tools.scenes import (
+    NEW_SHAPE,
+    Scene,
+    draw_scene,
+    held_out_prompts,
+    random_scene,
+    two_object_prompts,
+)
+
+PROMPTS = held_out_prompts(40)
+
+
+def picture(scene: Scene, height: int = 224, width: int = 176) -> Any:
+    return (draw_scene(scene, height, width) * 255).round().astype(np.uint8)
+
+
+def changed(scene: Scene, **changes: Any) -> Scene:
+    return replace(scene, things=(replace(scene.things[0], **changes),))
+
+
+def test_nearly_every_drawn_scene_is_judged_right() -> None:
+    verdicts = [judge_one(picture(scene), scene) for _, scene in PROMPTS]
+    for part in ("background", "color", "shape", "place"):
+        assert np.mean([getattr(verdict, part) for verdict in verdicts]) >= 0.97
+
+
+def test_two_things_are_told_apart() -> None:
+    verdicts = [judge_two(picture(scene), scene) for _, scene in two_object_prompts(30)]
+    assert np.mean([verdict.whole for verdict in verdicts]) >= 0.9
+
+
+def test_each_wrong_part_is_noticed_alone() -> None:
+    scene = changed(PROMPTS[0][1], shape="circle", color="red", x=0.5, y=0.64, radius=0.2)
+    scene = replace(scene, background="white")
+    seen = picture(scene)
+    assert judge_one(seen, scene).whole
+    assert not judge_one(seen, changed(scene, shape="star")).shape
+    assert not judge_one(seen, changed(scene, color="blue")).color
+    assert not judge_one(seen, changed(scene, x=0.27)).place
+    assert not judge_one(seen, replace(scene, background="green")).background
+
+
+def test_an_empty_picture_has_nothing_right_but_its_background() -> None:
+    scene = PROMPTS[0][1]
+    verdict = judge_one(picture(replace(scene, things=())), scene)
+    assert verdict.background
+    assert (verdict.color, verdict.shape, verdict.place) == (False, False, False)
+
+
+def test_noise_does_not_hide_what_is_shown() -> None:
+    rng = np.random.default_rng(0)
+    verdicts = []
+    for _, scene in PROMPTS:
+        noisy = picture(scene, 432, 336) + rng.normal(0, 12, (432, 336, 3))
+        verdicts.append(judge_one(noisy.clip(0, 255).astype(np.uint8), scene))
+    assert np.mean([verdict.whole for verdict in verdicts]) >= 0.9
+
+
+def test_rings_are_no_circles() -> None:
+    rng = np.random.default_rng(3)
+    scenes = [random_scene(rng, new_shape=True)[0] for _ in range(20)]
+    plain = [replace(scene, style="plain") for scene in scenes]
+    shapes = [things_of(picture(scene, 432, 336))[0].shape for scene in plain]
+    assert shapes.count(NEW_SHAPE) >= 17
+    assert all(background_of(picture(s)) == s.background for s in plain)
+
+
+@pytest.mark.parametrize("outlined", [False, True])
+def test_outlines_are_seen(outlined: bool) -> None:
+    scenes = [
+        replace(scene, outlined=outlined)
+        for _, scene in PROMPTS
+        if "black" not in (scene.background, scene.things[0].color)
+    ]
+    shares = [outlined_share(picture(scene, 432, 336)) > 0.5 for scene in scenes]
+    assert np.mean(shares) >= 0.9 if outlined else np.mean(shares) <= 0.1

@@ -1,0 +1,88 @@
+"""Scenes: the same at every size, told truly, and some never trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tools.scenes import (
+    COLORS,
+    NEW_SHAPE,
+    SHAPES,
+    Scene,
+    Thing,
+    draw_scene,
+    held_out_prompts,
+    is_held_out,
+    mask_of,
+    random_scene,
+    two_object_prompts,
+)
+
+
+def scene_of(shape: str, **changes: float) -> Scene:
+    thing = Thing(shape, "red", "", changes.get("x", 0.5), changes.get("y", 0.64), 0.2)
+    return Scene((thing,), "blue", "plain")
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, NEW_SHAPE])
+def test_a_shape_has_its_colour_inside_and_the_backgrounds_outside(shape: str) -> None:
+    scene = scene_of(shape)
+    picture, mask = draw_scene(scene, 224, 176), mask_of(scene.things[0], 224, 176)
+    red, blue = (np.asarray(COLORS[name]) / 255 for name in ("red", "blue"))
+    assert 400 < mask.sum() < 6000
+    assert np.median(np.abs(picture[mask] - red).max(1)) == pytest.approx(0, abs=1e-6)
+    assert np.median(np.abs(picture[~mask] - blue).max(1)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, NEW_SHAPE])
+def test_a_small_drawing_is_a_large_one_averaged(shape: str) -> None:
+    large = draw_scene(scene_of(shape), 896, 704)
+    averaged = large.reshape(224, 4, 176, 4, 3).mean((1, 3))
+    difference = np.abs(draw_scene(scene_of(shape), 224, 176) - averaged)
+    assert difference.mean() < 0.002
+    assert difference.max() < 0.35
+
+
+def test_a_box_is_a_part_of_the_whole() -> None:
+    scene, _ = random_scene(np.random.default_rng(0))
+    whole = draw_scene(scene, 224, 176)
+    np.testing.assert_array_equal(
+        draw_scene(scene, 224, 176, (30, 20, 64, 48)), whole[30:94, 20:68]
+    )
+
+
+def test_captions_tell_what_the_scene_shows() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        scene, caption = random_scene(rng)
+        words = caption.replace(",", "").split()
+        things = {thing.shape for thing in scene.things} | {"shape"}
+        assert {word for word in words if word in SHAPES or word == "shape"} <= things
+        shown = {thing.color for thing in scene.things} | {scene.background}
+        assert {word for word in words if word in COLORS} <= shown
+
+
+def test_held_out_combinations_never_come_by_chance() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(500):
+        scene, _ = random_scene(rng)
+        if len(scene.things) == 1:
+            thing = scene.things[0]
+            assert not is_held_out(thing.shape, thing.color, scene.background)
+
+
+def test_prompts_to_judge_by_are_held_out_and_repeatable() -> None:
+    prompts = held_out_prompts(200)
+    assert prompts == held_out_prompts(200)
+    assert all(
+        is_held_out(scene.things[0].shape, scene.things[0].color, scene.background)
+        for _, scene in prompts
+    )
+    assert {scene.things[0].shape for _, scene in prompts} == set(SHAPES)
+
+
+def test_two_objects_are_told_in_full() -> None:
+    for caption, scene in two_object_prompts(20):
+        assert all(thing.color in caption and thing.shape in caption for thing in scene.things)
+        assert scene.background in caption

@@ -1,0 +1,137 @@
+"""The built-in model's autoencoder: Flux's make, a hundredth of its size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tools.resumable import Schedule, train
+from tools.scenes import Scene, draw_scene, random_scene
+from turbo.latent import SCALE, SHIFT
+
+CONFIG: dict[str, Any] = {
+    "block_out_channels": [16, 32, 64, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 1,
+    "latent_channels": 16,
+    "norm_num_groups": 4,  # a group of one channel could not paint a flat colour
+    "mid_block_add_attention": True,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": SCALE,
+    "shift_factor": SHIFT,
+    "force_upcast": True,
+    "sample_size": 1024,
+}
+SIZES = ((224, 176), (432, 336), (864, 672))
+"""Height and width of each stage's pictures."""
+CROP = 128
+BATCH = 4
+_KL_WEIGHT = 1e-4
+_PHASE = 1
+
+
+def make_autoencoder(seed: int) -> Any:
+    """An untrained one: diffusers' ``AutoencoderKL``."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    return AutoencoderKL(**CONFIG)
+
+
+def train_autoencoder(
+    autoencoder: Any, schedule: Schedule, seed: int, folder: Path, log: Callable[[str], None]
+) -> None:
+    """Train on crops of scenes of all three sizes, then give the latents the usual scale.
+
+    Source of the loss: latent diffusion (arXiv:2112.10752), without its adversary.
+    """
+
+    def loss_of(step: int) -> Tensor:
+        pictures = crops(np.random.default_rng([seed, _PHASE, step]), BATCH)
+        posterior = autoencoder.encode(pictures, return_dict=False)[0]
+        noise = torch.randn(
+            posterior.mean.shape, generator=torch.Generator().manual_seed(seed + step)
+        )
+        decoded = autoencoder.decode(posterior.mean + posterior.std * noise, return_dict=False)[0]
+        spread = posterior.mean.square() + posterior.var - posterior.logvar - 1
+        error: Tensor = F.l1_loss(decoded, pictures) + 2 * F.mse_loss(decoded, pictures)
+        divergence: Tensor = 0.5 * spread.mean()
+        return error + _KL_WEIGHT * divergence
+
+    autoencoder.requires_grad_(True)
+    train("autoencoder", dict(autoencoder.named_parameters()), loss_of, schedule, folder, log)
+    autoencoder.requires_grad_(False)
+    _standardise(autoencoder, seed)
+
+
+def crops(rng: np.random.Generator, count: int) -> Tensor:
+    """Parts of random scenes, most with an edge in them, [count, 3, 128, 128], from -1 to 1."""
+    height, width = SIZES[int(rng.integers(len(SIZES)))]
+    parts = []
+    for _ in range(count):
+        scene, _ = random_scene(rng, outlined=rng.random() < 0.1, new_shape=rng.random() < 0.1)
+        parts.append(draw_scene(scene, height, width, _box(rng, scene, height, width)))
+    return to_tensor(np.stack(parts))
+
+
+def to_tensor(pictures: np.ndarray[Any, Any]) -> Tensor:
+    """[count, height, width, 3] from 0 to 1 -> [count, 3, height, width] from -1 to 1."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2) * 2 - 1
+
+
+def psnr_on_scenes(autoencoder: Any, seed: int, count: int = 8) -> float:
+    """Decibels between scenes of the last size and what comes back; of the mean error."""
+    rng = np.random.default_rng([seed, 99])
+    height, width = SIZES[-1]
+    errors = []
+    for _ in range(count):
+        picture = to_tensor(draw_scene(random_scene(rng)[0], height, width)[None])
+        latent = autoencoder.encode(picture, return_dict=False)[0].mean
+        back = autoencoder.decode(latent, return_dict=False)[0].clamp(-1, 1)
+        errors.append(float(((back - picture) / 2).square().mean()))
+    return -10 * math.log10(float(np.mean(errors)))
+
+
+def _box(
+    rng: np.random.Generator, scene: Scene, height: int, width: int
+) -> tuple[int, int, int, int]:
+    """A crop: around a point on a shape's rim four times of five, else anywhere."""
+    top, left = rng.integers(height - CROP + 1), rng.integers(width - CROP + 1)
+    if rng.random() < 0.8:
+        thing = scene.things[int(rng.integers(len(scene.things)))]
+        angle, reach = rng.uniform(0, 2 * np.pi), thing.radius * rng.uniform(0.2, 1)
+        x, y = thing.x + reach * np.cos(angle), thing.y + reach * np.sin(angle)
+        left = np.clip(x * width - CROP / 2, 0, width - CROP)
+        top = np.clip(y / 1.28 * height - CROP / 2, 0, height - CROP)
+    return int(top), int(left), CROP, CROP
+
+
+@torch.no_grad()
+def _standardise(autoencoder: Any, seed: int) -> None:
+    """Fold a scale and a shift into the convolutions beside the latent.
+
+    So that ``(latent - SHIFT) * SCALE``, which a sampler works on, has mean 0 and deviation 1 in
+    each channel.
+    """
+    rng = np.random.default_rng([seed, 98])
+    pictures = to_tensor(np.stack([draw_scene(random_scene(rng)[0], 224, 176) for _ in range(64)]))
+    latents = autoencoder.encode(pictures, return_dict=False)[0].mean
+    mean = latents.mean((0, 2, 3))
+    factor = 1 / (SCALE * latents.std((0, 2, 3)))
+    out, into = autoencoder.encoder.conv_out, autoencoder.decoder.conv_in
+    channels = len(mean)
+    # new = (old - mean) * factor + SHIFT, and back again behind it. What pads the decoder's first
+    # convolution is a latent of zeros: its edge sees another one than in training, a little.
+    out.weight[:channels].mul_(factor[:, None, None, None])
+    out.bias[:channels].sub_(mean).mul_(factor).add_(SHIFT)
+    into.bias.add_(into.weight.sum((2, 3)) @ (mean - SHIFT / factor))
+    into.weight.div_(factor[None, :, None, None])

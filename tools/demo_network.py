@@ -1,0 +1,269 @@
+"""The built-in model's network and text encoder, trained together on scenes' latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tokenizers import Regex
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+
+from tools.demo_autoencoder import SIZES, to_tensor
+from tools.resumable import Schedule, train, write_tensors
+from tools.scenes import all_words, draw_scene, random_scene
+from turbo.latent import to_sampler
+from turbo.testing import ModelSize, initialise, qwen3_shapes, write_tokenizer, zimage_shapes
+from turbo.text_encoder import TextEncoder, TextEncoderConfig
+from turbo.tokenizer import PROMPT_PREFIX, PROMPT_SUFFIX, WORDS, Tokenizer
+from turbo.transformer import Transformer, TransformerConfig
+
+MERGES = 320
+CAPTION = 32
+"""Padded length of every caption; the longest has fewer tokens."""
+BATCHES = (32, 8, 2)
+"""Latents a step, of each size."""
+SHARES = (0.75, 0.18, 0.07)
+"""Of the steps."""
+MOST_SIGMA = (1.0, 0.78, 0.9)
+"""The highest noise level that each stage of the workflow sees, and a little more."""
+DROPPED = 0.1
+"""Share of captions replaced by the empty one, for guidance."""
+_PHASE = 2
+
+Log = Callable[[str], None]
+
+
+def model_size(vocabulary: int) -> ModelSize:
+    """Dimensions, under the names of `turbo.testing`."""
+    return ModelSize(
+        network={
+            "dim": 192,
+            "n_layers": 5,
+            "n_refiner_layers": 1,
+            "n_heads": 3,
+            "cap_feat_dim": 128,
+            "ffn_hidden": 512,
+            "time_hidden": 1024,
+        },
+        text_encoder={
+            "vocab_size": -(-vocabulary // 64) * 64,
+            "hidden_size": 128,
+            "intermediate_size": 320,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+        },
+        autoencoder={"ch": 16, "ch_mult": (1, 2, 4, 4), "num_res_blocks": 1, "z_channels": 16},
+    )
+
+
+def make_tokenizer(folder: Path) -> int:
+    """Train a byte-level BPE on captions and write it; returns how many ids it has."""
+    backend = BackendTokenizer(BPE())
+    backend.pre_tokenizer = PreTokenizers(
+        [Split(Regex(WORDS), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = BpeTrainer(
+        vocab_size=256 + MERGES, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
+    words = [PROMPT_PREFIX.split(">")[1], PROMPT_SUFFIX.split(">")[-1], *all_words()]
+    backend.train_from_iterator(words, trainer)
+    backend.model.save(str(folder))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    return write_tokenizer(folder, [line for line in lines if not line.startswith("#")])
+
+
+def encode_captions(tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Ids [captions, 32], padded with 0, and lengths [captions]."""
+    ids = [tokenizer.encode_prompt(caption) for caption in captions]
+    padded = torch.zeros(len(ids), CAPTION, dtype=torch.int64)
+    for row, one in zip(padded, ids):
+        row[: len(one)] = torch.tensor(one)
+    return padded, torch.tensor([len(one) for one in ids])
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """Encoded scenes of one size."""
+
+    latents: Tensor
+    """[count, 16, height / 8, width / 8], in the sampler's scale."""
+    ids: Tensor
+    lengths: Tensor
+
+
+@torch.inference_mode()
+def encode_scenes(
+    autoencoder: Any,
+    tokenizer: Tokenizer,
+    counts: Sequence[int],
+    seed: int,
+    folder: Path,
+    log: Log,
+    *,
+    kind: str = "scenes",
+    make: Callable[[np.random.Generator], tuple[Any, str]] = random_scene,
+) -> list[Latents]:
+    """Draw and encode scenes of each size once; they are kept on the disk."""
+    made = []
+    for index, ((height, width), count) in enumerate(zip(SIZES, counts)):
+        path = folder / f"latents-{kind}-{height}.safetensors"
+        if not path.exists():
+            rng = np.random.default_rng([seed, 10, index])
+            rows, captions = [], []
+            for start in range(0, count, 8):
+                scenes = [make(rng) for _ in range(min(8, count - start))]
+                pictures = np.stack([draw_scene(scene, height, width) for scene, _ in scenes])
+                captions += [caption for _, caption in scenes]
+                latent = autoencoder.encode(to_tensor(pictures), return_dict=False)[0].mean
+                rows.append(to_sampler(latent))
+            ids, lengths = encode_captions(tokenizer, captions)
+            write_tensors(path, {"latents": torch.cat(rows), "ids": ids, "lengths": lengths})
+            log(f"{kind}: {count} of {height} x {width} encoded")
+        made.append(Latents(**load_file(path)))
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Painter:
+    """Network and text encoder as training runs them."""
+
+    network: Transformer
+    text_encoder: TextEncoder
+
+    @classmethod
+    def make(cls, size: ModelSize, seed: int) -> Painter:
+        """Untrained: every block passes on what it gets."""
+        shapes = zimage_shapes(size.network)
+        network = Transformer(TransformerConfig.from_shapes(shapes), "cpu", torch.float32)
+        text_shapes = qwen3_shapes(size.text_encoder)
+        text_encoder = TextEncoder(TextEncoderConfig.from_shapes(text_shapes), "cpu", torch.float32)
+        for module, of in ((network, shapes), (text_encoder, text_shapes)):
+            values = initialise(of, seed)
+            for name, view in module.native_tensors().items():
+                view.copy_(_start(name, values[name]))
+        return cls(network, text_encoder)
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """All parameters, by their names here."""
+        modules = {"network": self.network, "text_encoder": self.text_encoder}
+        return {
+            f"{kind}.{name}": weight
+            for kind, module in modules.items()
+            for name, weight in module.named_parameters()
+        }
+
+    def caption(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Refined captions, [batch, 32, dim]."""
+        features = self.text_encoder(ids, self.text_encoder.rotary_table(ids.shape[1]))
+        rotary = self.network.rotary_table(0, 0, ids.shape[1])
+        return self.network.refine_padded(features, lengths.unsqueeze(1), rotary)
+
+    def velocity(self, latents: Tensor, sigmas: Tensor, caption: Tensor) -> Tensor:
+        """Noise minus clean, for a noise level of each latent."""
+        table = self.network.modulation_table(sigmas.tolist())
+        modulation = table.transpose(0, 1).unsqueeze(2)
+        height, width = latents.shape[-2:]
+        rotary = self.network.rotary_table(height, width, caption.shape[1])
+        return cast(Tensor, self.network(latents, caption, modulation, rotary))
+
+    def loss(self, clean: Tensor, sigmas: Tensor, noise: Tensor, caption: Tensor) -> Tensor:
+        """Flow matching (arXiv:2210.02747): mean squared error of the velocity."""
+        mix = sigmas[:, None, None, None]
+        noisy = (1 - mix) * clean + mix * noise
+        return F.mse_loss(self.velocity(noisy, sigmas, caption), noise - clean)
+
+    @torch.inference_mode()
+    def sample(
+        self, ids: Tensor, lengths: Tensor, empty: tuple[Tensor, Tensor], seed: int, steps: int = 12
+    ) -> Tensor:
+        """Clean latents of the first stage's size: Euler, guidance 2."""
+        generator = torch.Generator().manual_seed(seed)
+        latents = torch.randn(len(ids), 16, 28, 22, generator=generator)
+        caption = self.caption(ids, lengths)
+        none = self.caption(*empty).expand_as(caption)
+        steady = torch.linspace(1, 0, steps + 1)
+        sigmas = (3 * steady / (1 + 2 * steady)).tolist()
+        for sigma, after in pairwise(sigmas):
+            level = torch.full((len(ids),), sigma)
+            there, away = (self.velocity(latents, level, one) for one in (caption, none))
+            latents = latents + (after - sigma) * (away + 2 * (there - away))
+        return latents
+
+
+def train_network(
+    painter: Painter,
+    data: Sequence[Latents],
+    empty: tuple[Tensor, Tensor],
+    schedule: Schedule,
+    seed: int,
+    folder: Path,
+    log: Log,
+    on_save: Callable[[int], None] | None = None,
+) -> None:
+    """Train network and text encoder in place."""
+
+    def loss_of(step: int) -> Tensor:
+        return batch_loss(painter, data, empty, np.random.default_rng([seed, _PHASE, step]))
+
+    weights = painter.weights()
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    train("network", weights, loss_of, schedule, folder, log, on_save)
+    for weight in weights.values():
+        weight.requires_grad_(False)
+
+
+def batch_loss(
+    painter: Painter,
+    data: Sequence[Latents],
+    empty: tuple[Tensor, Tensor],
+    rng: np.random.Generator,
+    shares: Sequence[float] = SHARES,
+) -> Tensor:
+    """The loss of a random batch of one size."""
+    size = int(rng.choice(len(SIZES), p=shares))
+    of = data[size]
+    rows = torch.from_numpy(rng.integers(len(of.latents), size=BATCHES[size]))
+    clean, ids, lengths = of.latents[rows], of.ids[rows], of.lengths[rows]
+    dropped = torch.from_numpy(rng.random(len(rows)) < DROPPED)
+    ids = torch.where(dropped[:, None], empty[0], ids)
+    lengths = torch.where(dropped, empty[1], lengths)
+    noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), dtype=np.float32))
+    level = torch.from_numpy(rng.random(len(rows), dtype=np.float32))
+    sigmas = (3 * level / (1 + 2 * level)) if size == 0 else level * MOST_SIGMA[size]
+    return painter.loss(clean, sigmas, noise, painter.caption(ids, lengths))
+
+
+def native_weights(painter: Painter) -> Mapping[str, Mapping[str, Tensor]]:
+    """Component -> checkpoint name -> value."""
+    return {
+        "network": painter.network.native_tensors(),
+        "text_encoder": painter.text_encoder.native_tensors(),
+    }
+
+
+def _start(name: str, value: Tensor) -> Tensor:
+    """Where training starts from: gates, and what comes out, at 0; tokens small."""
+    if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+        return torch.zeros_like(value)
+    if name.endswith("norm.weight") or ".attention_norm" in name or "ffn_norm" in name:
+        return torch.ones_like(value)
+    if name.endswith("pad_token") or name == "model.embed_tokens.weight":
+        return value * 0.3
+    if name.endswith("bias"):
+        return torch.zeros_like(value)
+    return value * 0.7

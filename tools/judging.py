@@ -1,0 +1,203 @@
+"""What a picture shows, found out by its pixels: background, shapes, their colours and places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from tools.scenes import COLORS, HEIGHT, NEW_SHAPE, PLACES, SHAPES, Scene, Thing, mask_of
+
+Pixels = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+
+LEAST_AREA = 0.004
+"""Of the picture, that a thing covers."""
+NEAR = 0.13
+"""How far a thing may be from the place asked for, in widths."""
+_BORDER = 0.04
+_UNIT = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One thing that a picture shows."""
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    """Middle of its box, in widths."""
+    match: float
+    """Overlap with the best template: intersection over union."""
+    area: float
+    """Share of the picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is right about a picture."""
+
+    background: bool
+    color: bool
+    shape: bool
+    place: bool
+
+    @property
+    def whole(self) -> bool:
+        return self.background and self.color and self.shape and self.place
+
+
+def background_of(pixels: Pixels) -> str:
+    """The colour that most of the border is nearest to."""
+    height, width, _ = pixels.shape
+    edge = max(1, round(_BORDER * width))
+    inner = np.zeros((height, width), bool)
+    inner[edge:-edge, edge:-edge] = True
+    return _most_common(_nearest(pixels[~inner]))
+
+
+def things_of(pixels: Pixels, shapes: Sequence[str] = (*SHAPES, NEW_SHAPE)) -> list[Found]:
+    """The things in front of the background, largest first.
+
+    Args:
+        pixels: [height, width, 3], 8 bits.
+        shapes: The templates to compare with.
+    """
+    names = list(COLORS)
+    height, width, _ = pixels.shape
+    nearest = _nearest(pixels.reshape(-1, 3)).reshape(height, width)
+    is_thing = nearest != names.index(background_of(pixels))
+    # An edge has colours between its two: opening takes off lines of a pixel or two.
+    is_thing = ndimage.binary_opening(is_thing, iterations=max(1, width // 200))
+    parts, count = ndimage.label(is_thing)
+    found = []
+    for part in range(1, count + 1):
+        mask: Mask = parts == part
+        area = float(mask.mean())
+        if area < LEAST_AREA:
+            continue
+        core = ndimage.binary_erosion(mask, iterations=max(1, width // 100))
+        color = _most_common(nearest[core if core.any() else mask])
+        shape, match, x, y = _best_template(mask, shapes)
+        found.append(Found(shape, color, x, y, match, area))
+    return sorted(found, key=lambda thing: -thing.area)
+
+
+def judge_one(pixels: Pixels, scene: Scene) -> Verdict:
+    """Hold a picture against a scene of one thing in a named place."""
+    asked, found = scene.things[0], things_of(pixels, SHAPES)
+    background = background_of(pixels) == scene.background
+    if not found:
+        return Verdict(background, False, False, False)
+    thing = found[0]
+    return Verdict(background, thing.color == asked.color, thing.shape == asked.shape,
+                   _is_near(thing, asked))  # fmt: skip
+
+
+def judge_two(pixels: Pixels, scene: Scene) -> Verdict:
+    """Hold a picture against two things: both colours, both shapes, their order."""
+    background = background_of(pixels) == scene.background
+    found = things_of(pixels, SHAPES)[:2]
+    if len(found) < 2:
+        return Verdict(background, False, False, False)
+    first, second = scene.things
+    if found[0].color != first.color and found[1].color == first.color:
+        found.reverse()
+    asked = np.sign(_main_axis(first.x - second.x, first.y - second.y))
+    is_there = np.sign(_main_axis(found[0].x - found[1].x, found[0].y - found[1].y))
+    return Verdict(
+        background,
+        [thing.color for thing in found] == [first.color, second.color],
+        [thing.shape for thing in found] == [first.shape, second.shape],
+        bool((asked == is_there).all()),
+    )
+
+
+def outlined_share(pixels: Pixels) -> float:
+    """Share of the largest thing's rim that is a black or white line; 0 without a thing."""
+    names = list(COLORS)
+    height, width, _ = pixels.shape
+    nearest = _nearest(pixels.reshape(-1, 3)).reshape(height, width)
+    is_thing = nearest != names.index(background_of(pixels))
+    parts, count = ndimage.label(is_thing)
+    if not count:
+        return 0.0
+    sizes = ndimage.sum_labels(is_thing, parts, range(1, count + 1))
+    mask = ndimage.binary_fill_holes(parts == 1 + int(np.argmax(sizes)))
+    rim = mask & ~ndimage.binary_erosion(mask, iterations=max(2, round(0.018 * width)))
+    inside = ndimage.binary_erosion(mask, iterations=max(3, round(0.04 * width)))
+    if not inside.any():
+        return 0.0
+    lines = {names.index("black"), names.index("white")} - {
+        names.index(_most_common(nearest[inside]))
+    }
+    return float(np.isin(nearest[rim], list(lines)).mean())
+
+
+def _main_axis(dx: float, dy: float) -> NDArray[np.float64]:
+    return np.array([dx, 0.0]) if abs(dx) > abs(dy) else np.array([0.0, dy])
+
+
+def _is_near(thing: Found, asked: Thing) -> bool:
+    places = list(PLACES.values())
+    away = [np.hypot(thing.x - x, thing.y - y) for x, y in places]
+    wanted = np.hypot(thing.x - asked.x, thing.y - asked.y)
+    return bool(wanted <= NEAR and wanted <= min(away) + 1e-9)
+
+
+def _best_template(mask: Mask, shapes: Sequence[str]) -> tuple[str, float, float, float]:
+    """The shape that overlaps most when it is given the same box."""
+    height, width = mask.shape
+    top, bottom, left, right = _box(mask)
+    x, y = (left + right) / 2 / width, (top + bottom) / 2 / height * HEIGHT
+    scores = {}
+    for shape in shapes:
+        wide, high, off_x, off_y = _unit_box(shape)
+        radius = ((right - left) / width / wide + (bottom - top) / height * HEIGHT / high) / 2
+        thing = Thing(shape, "", "", x - off_x * radius, y - off_y * radius, radius)
+        template = mask_of(thing, height, width)
+        scores[shape] = float((mask & template).sum() / (mask | template).sum())
+    best = max(scores, key=lambda shape: scores[shape])
+    return best, scores[best], float(x), float(y)
+
+
+def _unit_box(shape: str) -> tuple[float, float, float, float]:
+    """Width, height and middle of a shape of radius 1 around 0, in radii."""
+    if shape not in _UNIT_BOXES:
+        radius = 0.4
+        height = round(_UNIT * HEIGHT)
+        mask = mask_of(Thing(shape, "", "", 0.5, HEIGHT / 2, radius), height, _UNIT)
+        top, bottom, left, right = (edge / _UNIT for edge in _box(mask))
+        middle = (left + right) / 2 - 0.5, (top + bottom) / 2 - HEIGHT / 2
+        _UNIT_BOXES[shape] = (
+            (right - left) / radius,
+            (bottom - top) / radius,
+            middle[0] / radius,
+            middle[1] / radius,
+        )
+    return _UNIT_BOXES[shape]
+
+
+_UNIT_BOXES: dict[str, tuple[float, float, float, float]] = {}
+
+
+def _box(mask: Mask) -> tuple[int, int, int, int]:
+    """Top, bottom, left and right edge."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def _nearest(pixels: NDArray[Any]) -> NDArray[np.int64]:
+    """Number of the nearest colour of each pixel of a list."""
+    palette = np.asarray(list(COLORS.values()), np.float32)
+    away = np.square(pixels[:, None].astype(np.float32) - palette).sum(2)
+    return np.asarray(away.argmin(1), np.int64)
+
+
+def _most_common(numbers: NDArray[np.int64]) -> str:
+    return list(COLORS)[int(np.bincount(numbers.reshape(-1), minlength=len(COLORS)).argmax())]

@@ -1,0 +1,161 @@
+"""Training that a kill at any point does not change.
+
+Step n's batch depends on (seed, phase, n) alone, and all that a step changes is kept: weights,
+their running average, the optimiser's moments. So a run that was stopped and went on has the bits
+of one that was not, on the same machine.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+SAVE_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How long, and how fast, a phase learns."""
+
+    steps: int
+    rate: float
+    warm_up: int = 50
+    ema: float = 0.998
+    """Share of the running average that a step keeps."""
+    decay: float = 0.01
+
+    def rate_at(self, step: int) -> float:
+        """Rising to `rate`, then along a half cosine to nearly nothing."""
+        rise = min(1.0, (step + 1) / self.warm_up)
+        return self.rate * rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+
+
+def train(
+    name: str,
+    weights: Mapping[str, Tensor],
+    loss_of: Callable[[int], Tensor],
+    schedule: Schedule,
+    folder: Path,
+    log: Callable[[str], None],
+    on_save: Callable[[int], None] | None = None,
+) -> None:
+    """Train `weights` in place; at the end they are their running average.
+
+    Args:
+        name: Of the phase; its state is kept under it.
+        weights: Leaves that require gradients.
+        loss_of: The loss of a step's batch.
+        schedule: Steps and rates.
+        folder: Where the state is kept.
+        log: Takes a line.
+        on_save: Called with the step after the state was kept, with the averages in `weights`.
+    """
+    path = folder / f"{name}.safetensors"
+    average = {key: weight.detach().clone() for key, weight in weights.items()}
+    optimiser = torch.optim.AdamW(
+        weights.values(), lr=schedule.rate, betas=(0.9, 0.99), weight_decay=schedule.decay
+    )
+    step = _restore(path, weights, average, optimiser)
+    if step:
+        log(f"{name}: goes on at step {step} of {schedule.steps}")
+    started, saved, seen, total, first = time.time(), time.time(), 0, 0.0, step
+    while step < schedule.steps:
+        for group in optimiser.param_groups:
+            group["lr"] = schedule.rate_at(step)
+        optimiser.zero_grad(set_to_none=True)
+        loss = loss_of(step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimiser.step()
+        step += 1
+        with torch.no_grad():
+            keep = min(schedule.ema, step / (step + 10))
+            for key, weight in weights.items():
+                average[key].lerp_(weight, 1 - keep)
+        seen, total = seen + 1, total + float(loss.detach())
+        if step % 50 == 0 or step == schedule.steps:
+            pace = (time.time() - started) / (step - first)
+            log(f"{name}: step {step} of {schedule.steps}, loss {total / seen:.4f}, {pace:.2f} s")
+            seen, total = 0, 0.0
+        if time.time() - saved > SAVE_SECONDS or step == schedule.steps:
+            _keep(path, step, weights, average, optimiser)
+            saved = time.time()
+            if on_save is not None:
+                with _swapped(weights, average):
+                    on_save(step)
+    with torch.no_grad():
+        for key, weight in weights.items():
+            weight.copy_(average[key])
+
+
+class _swapped:
+    """The averages in place of the weights, for a while."""
+
+    def __init__(self, weights: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> None:
+        self.weights, self.average = weights, average
+        self.own = {key: weight.detach().clone() for key, weight in weights.items()}
+
+    def __enter__(self) -> None:
+        self._put(self.average)
+
+    def __exit__(self, *_: object) -> None:
+        self._put(self.own)
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for key, weight in self.weights.items():
+            weight.copy_(values[key])
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file that is whole or not there."""
+    unfinished = path.with_suffix(".tmp")
+    contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
+    save_file(contiguous, unfinished, metadata={"format": "pt"})
+    unfinished.chmod(0o644)
+    os.replace(unfinished, path)
+
+
+def _keep(
+    path: Path,
+    step: int,
+    weights: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
+    optimiser: torch.optim.Optimizer,
+) -> None:
+    state: dict[str, Tensor] = {"step": torch.tensor(step)}
+    for key, weight in weights.items():
+        moments = optimiser.state[weight]
+        state |= {f"weight/{key}": weight, f"average/{key}": average[key]}
+        state |= {f"first/{key}": moments["exp_avg"], f"second/{key}": moments["exp_avg_sq"]}
+    write_tensors(path, state)
+
+
+@torch.no_grad()
+def _restore(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
+    optimiser: torch.optim.Optimizer,
+) -> int:
+    if not path.exists():
+        return 0
+    state = load_file(path)
+    step = int(state["step"])
+    for key, weight in weights.items():
+        weight.copy_(state[f"weight/{key}"])
+        average[key].copy_(state[f"average/{key}"])
+        optimiser.state[weight] = {
+            "step": torch.tensor(float(step)),
+            "exp_avg": state[f"first/{key}"].clone(),
+            "exp_avg_sq": state[f"second/{key}"].clone(),
+        }
+    return step

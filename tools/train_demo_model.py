@@ -1,0 +1,291 @@
+"""``python -m tools.train_demo_model --out DIR``: make the built-in model from nothing.
+
+An autoencoder, then a text encoder and a network together, then two LoRAs, on scenes that are drawn
+here. All of it depends on ``--seed`` alone, on one machine with one number of threads; it may be
+stopped at any point and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tools import demo_autoencoder as autoencoders
+from tools.demo_loras import LESSONS, train_lora, write_lora
+from tools.demo_network import (
+    Latents,
+    Painter,
+    encode_captions,
+    encode_scenes,
+    make_tokenizer,
+    model_size,
+    native_weights,
+    train_network,
+)
+from tools.resumable import Schedule, write_tensors
+from turbo.latent import from_sampler
+from turbo.messages import one_line
+from turbo.names import NETWORK, TEXT_ENCODER
+from turbo.testing import (
+    diffusers_configs,
+    initialise,
+    qwen3_shapes,
+    to_diffusers,
+    write_pipeline,
+)
+from turbo.tokenizer import Tokenizer
+
+NEEDED_BYTES = 1 << 30
+SHEET_PROMPTS = (
+    "a red circle on a blue background",
+    "a large yellow star in the centre on a purple background",
+    "a small green square on the left on a white background",
+    "a black triangle at the top on an orange background",
+    "a white cross on the right on a red background",
+    "an orange diamond at the bottom on a green background",
+    "a purple circle on a striped yellow background",
+    "a blue star on a shaded black background",
+    "a red square left of a blue circle on a white background",
+    "a yellow circle above a green triangle on a black background",
+    "a large white circle",
+    "a blue shape on a yellow background",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Amounts:
+    """How much of everything."""
+
+    autoencoder: Schedule
+    network: Schedule
+    lora: Schedule
+    scenes: tuple[int, int, int]
+    lora_scenes: tuple[int, int, int]
+
+
+WHOLE = Amounts(
+    autoencoder=Schedule(steps=2000, rate=2e-3),
+    network=Schedule(steps=2600, rate=1.5e-3, warm_up=100),
+    lora=Schedule(steps=250, rate=2e-3, warm_up=20, ema=0.98),
+    scenes=(6000, 1200, 200),
+    lora_scenes=(1200, 200, 8),
+)
+QUICK = Amounts(
+    autoencoder=Schedule(steps=3, rate=2e-3),
+    network=Schedule(steps=3, rate=1e-3),
+    lora=Schedule(steps=2, rate=1e-3),
+    scenes=(8, 8, 2),
+    lora_scenes=(8, 8, 2),
+)
+"""Enough to see that all of it works, and for tests."""
+
+
+class _Trainer:
+    def __init__(self, amounts: Amounts, seed: int, work: Path, log: Callable[[str], None]) -> None:
+        self.amounts, self.seed, self.work, self.log = amounts, seed, work, log
+        self.ids = make_tokenizer(_made(work / "tokenizer"))
+        self.tokenizer = Tokenizer.from_path(work / "tokenizer")
+        self.size = model_size(self.ids)
+        self.empty = encode_captions(self.tokenizer, [""])
+        self.autoencoder = autoencoders.make_autoencoder(seed)
+        self.painter = Painter.make(self.size, seed)
+
+    def run(self) -> dict[str, dict[str, Tensor]]:
+        """All phases; returns the LoRAs' tensors by name."""
+        self._train_autoencoder()
+        data = self._encode("scenes", self.amounts.scenes)
+        train_network(
+            self.painter,
+            data,
+            self.empty,
+            self.amounts.network,
+            self.seed,
+            self.work,
+            self.log,
+            self._write_sheet,
+        )
+        self._write_sheet(self.amounts.network.steps)
+        return {lesson.name: self._train_lora(lesson) for lesson in LESSONS}
+
+    def _train_autoencoder(self) -> None:
+        autoencoders.train_autoencoder(
+            self.autoencoder, self.amounts.autoencoder, self.seed, self.work, self.log
+        )
+        with torch.inference_mode():
+            decibels = autoencoders.psnr_on_scenes(self.autoencoder, self.seed)
+        self.log(f"autoencoder: {decibels:.2f} dB on scenes of 672 x 864")
+
+    def _train_lora(self, lesson: Any) -> dict[str, Tensor]:
+        data = self._encode(lesson.name, self.amounts.lora_scenes, lesson.make)
+        return train_lora(
+            lesson,
+            self.painter,
+            data,
+            self.empty,
+            self.amounts.lora,
+            self.seed,
+            self.work,
+            self.log,
+        )
+
+    def _encode(self, kind: str, counts: Sequence[int], make: Any = None) -> list[Latents]:
+        chosen = {} if make is None else {"make": make}
+        return encode_scenes(
+            self.autoencoder, self.tokenizer, counts, self.seed, self.work, self.log,
+            kind=kind, **chosen,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def _write_sheet(self, step: int) -> None:
+        ids, lengths = encode_captions(self.tokenizer, SHEET_PROMPTS)
+        latents = self.painter.sample(ids, lengths, self.empty, seed=self.seed)
+        decoded = self.autoencoder.decode(from_sampler(latents), return_dict=False)[0]
+        pictures = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        starts = range(0, len(pictures), 6)
+        rows = [np.concatenate(list(pictures[start : start + 6]), 1) for start in starts]
+        Image.fromarray(np.concatenate(rows, 0)).save(self.work / f"sheet-{step:05}.png")
+
+
+def write_model(trainer: Any, loras: dict[str, dict[str, Tensor]], out: Path) -> None:
+    """Write the model in diffusers' layout, bfloat16, its LoRAs beside it."""
+    configs = diffusers_configs(trainer.size, torch.bfloat16)
+    native = {name: dict(of) for name, of in native_weights(trainer.painter).items()}
+    last = initialise(qwen3_shapes(trainer.size.text_encoder), trainer.seed)
+    native[TEXT_ENCODER] = last | native[TEXT_ENCODER]  # the last layer is there and never read
+    places = {
+        NETWORK: out / "transformer" / "diffusion_pytorch_model.safetensors",
+        TEXT_ENCODER: out / "text_encoder" / "model.safetensors",
+    }
+    configs[TEXT_ENCODER]["eos_token_id"] = trainer.tokenizer.encode("<|im_end|>")[0]
+    for component, path in places.items():
+        _write_component(path, to_diffusers(component, native[component]), configs[component])
+    _write_component(
+        out / "vae" / "diffusion_pytorch_model.safetensors",
+        trainer.autoencoder.state_dict(),
+        {"_class_name": "AutoencoderKL", **autoencoders.CONFIG},
+    )
+    shutil.copytree(trainer.work / "tokenizer", out / "tokenizer")
+    write_pipeline(out)
+    for name, tensors in loras.items():
+        write_lora(out / "loras" / f"{name}.safetensors", tensors)
+
+
+def _write_component(path: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True)
+    write_tensors(path, {name: value.bfloat16() for name, value in weights.items()})
+    text = json.dumps(config, indent=2) + "\n"
+    path.with_name("config.json").write_text(text, encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = _parse(arguments)
+    try:
+        return _run(options)
+    except (OSError, MemoryError) as error:
+        print(f"error: {one_line(error)}; what was trained is kept in {options.work}, the same "
+              f"command goes on from there ({NEEDED_BYTES >> 20} MiB of disk and some 4 GiB of "
+              "memory are needed)", file=sys.stderr)  # fmt: skip
+        return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    problem = _problem(options)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(options.threads)
+    work: Path = _made(options.work)
+    command = ["python", "-m", "tools.train_demo_model", "--seed", str(options.seed)]
+    with (work / "log.txt").open("a", encoding="utf-8") as file:
+
+        def log(line: str) -> None:
+            print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+            file.write(f"{line}\n")
+            file.flush()
+
+        log(f"command: {' '.join(command)}, torch {torch.__version__}, {options.threads} threads")
+        begin = time.time()
+        amounts = QUICK if options.quick else WHOLE
+        if options.network_steps:
+            amounts = replace(
+                amounts, network=replace(amounts.network, steps=options.network_steps)
+            )
+        trainer = _Trainer(amounts, options.seed, work, log)
+        loras = trainer.run()
+        log(f"this run took {time.time() - begin:.0f} s")
+    unfinished = options.out.with_name(f".{options.out.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write_model(trainer, loras, unfinished)
+    shutil.copyfile(work / "log.txt", unfinished / "training.log")
+    _write_sums(unfinished)
+    if options.out.exists():
+        shutil.rmtree(options.out)
+    os.replace(unfinished, options.out)
+    print(f"wrote {options.out}")
+    return 0
+
+
+def _problem(options: argparse.Namespace) -> str | None:
+    if options.out.exists() and not options.force:
+        return f"{options.out} exists; give --force to replace it, or another --out"
+    if options.threads < 1:
+        return f"--threads must be at least 1, got {options.threads}"
+    room = shutil.disk_usage(_existing(options.work)).free
+    if room < NEEDED_BYTES:
+        return (
+            f"{options.work} has {room >> 20} MiB free, {NEEDED_BYTES >> 20} MiB are needed; give "
+            "another --work"
+        )
+    return None
+
+
+def _existing(path: Path) -> Path:
+    return next(one for one in (path, *path.absolute().parents) if one.exists())
+
+
+def _made(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _write_sums(folder: Path) -> None:
+    """``SHA256SUMS`` of all files, as ``sha256sum -c`` reads it."""
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}\n"
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.train_demo_model", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--work", type=Path, default=Path(".demo-work"), help="state and sheets")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--network-steps", type=int, help="instead of the usual number")
+    parser.add_argument("--quick", action="store_true", help="a few steps of each phase")
+    parser.add_argument("--force", action="store_true", help="replace an existing --out")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
