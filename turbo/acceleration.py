@@ -38,7 +38,7 @@ from turbo.compile import (
 from turbo.errors import AccelerationError, BadInputError
 from turbo.kernel_support import require_kernels
 from turbo.text_encoder import RunLayer, run_layer
-from turbo.transformer import PAD_MULTIPLE, PATCH, RunBlock, padded_length, run_block
+from turbo.transformer import PAD_MULTIPLE, RunBlock, run_block
 
 if TYPE_CHECKING:
     from turbo.compile import Captured, Compiled
@@ -361,9 +361,9 @@ class Accelerator:
 
         def make() -> Callable[..., Tensor]:
             transformer = self._models.transformer
-            image = padded_length(-(-height // PATCH) * -(-width // PATCH))
+            image, both = transformer.token_counts(height, width, [caption.shape[1]])
             refine = self._block("noise refiner", batch, image)
-            join = self._block("layer", batch, caption.shape[1] + image)
+            join = self._block("layer", batch, both)
             return lambda *inputs: transformer(*inputs, refine=refine, join=join)
 
         return Wanted(role, _Lazy(make), (latent, caption, modulation, rotary))
@@ -504,6 +504,7 @@ def open_cache(
         "compute": [str(models.transformer.compute_dtype), str(models.text_encoder.compute_dtype)],
         "stages": [list(size) for size in sizes],
         "quantize": models.transformer.quantize,
+        "attention": models.transformer.attention.asked,
         "capture": speed_ups.capture,
     }
     return CompileCache(folder, facts=facts, version=__version__, device=models.device)

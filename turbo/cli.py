@@ -25,6 +25,7 @@ STEPS_LIMIT = 1000
 SWITCH = ("auto", "on", "off")
 CAPTURES = ("auto", "cuda-graph", "replay", "eager")
 QUANTIZE = ("auto", "none", "fp8", "int8", "int8-weight-only")
+ATTENTION = ("auto", "sdpa", "cudnn", "flash", "efficient", "xformers", "flex")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -266,6 +267,12 @@ def _add_speed_options(parser: argparse.ArgumentParser) -> None:
         speed, "--capture", CAPTURES, "how parts are captured and replayed; auto: graphs on a GPU"
     )
     _add_choice(speed, "--kernels", SWITCH, "fused Triton kernels; auto: on a GPU")
+    speed.add_argument(
+        "--attention",
+        metavar="|".join(ATTENTION),
+        choices=ATTENTION,
+        help="what computes attention; auto (default): on a GPU the fastest, found at warm-up",
+    )
     cache = speed.add_mutually_exclusive_group()
     _add_cache_dir(cache)
     cache.add_argument("--no-cache", action="store_true", help="keep no compiled code on disk")

@@ -170,6 +170,7 @@ def _info_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"device: {device['device']}, {device['name']}" + (
             f", {_size(memory)}" * bool(memory)
         )
+        yield f"  attention: {', '.join(device['attention'])}"
     for name, folder in found["caches"].items():
         yield f"cache: {folder} ({name})"
     yield from _model_lines(found["model"])
@@ -330,6 +331,7 @@ def generate(args: Namespace) -> None:
             plan=plan,
             strict_loras=not args.no_strict_lora,
             **_speed_ups(args),
+            attention=_attention(args, plan),
             cache_dir=_cache_dir(args),
             strict_speed=args.strict_speed,
             on_progress=progress,
@@ -367,6 +369,11 @@ def _speed_ups(args: Namespace) -> dict[str, Any]:
         "capture": args.capture,
         "kernels": switch[args.kernels],
     }
+
+
+def _attention(args: Namespace, plan: Plan) -> str:
+    chosen: str = args.attention or plan.performance.attention
+    return chosen
 
 
 def _cache_dir(args: Namespace) -> str | None:
@@ -470,10 +477,12 @@ def _dry_run(
 ) -> None:
     """Print the plan, files and memory need; standard output is YAML with comments, or JSON."""
     from turbo.acceleration import SpeedUps
+    from turbo.attention import pick_attention
     from turbo.components import Components
     from turbo.engine import pick_device
     from turbo.fusing import LoraChoice, LoraFuser
     from turbo.memory import count_memory, weight_dtypes
+    from turbo.precision import arithmetic_dtype
 
     device, offload = pick_device(plan.model.device), plan.performance.enable_model_cpu_offload
     SpeedUps.choose(device, **_speed_ups(args), strict=args.strict_speed, offload=offload)
@@ -483,7 +492,10 @@ def _dry_run(
     checkpoints = files.open()
     dtypes = weight_dtypes(plan.model.torch_dtype, plan.model.device)
     need = count_memory(checkpoints, plan, dtypes)
-    fuser = LoraFuser(Components.outline(checkpoints, dtypes).by_name(), checkpoints)
+    outline = Components.outline(checkpoints, dtypes)
+    dtype = arithmetic_dtype(outline.network.dtype, device)
+    pick_attention(_attention(args, plan), device, dtype, outline.network.config.head_dim)
+    fuser = LoraFuser(outline.by_name(), checkpoints)
     fuser.check(choices, strict=not args.no_strict_lora)
     names = [_dry_name(args, outputs, number) for number in range(1, args.n + 1)]
     if args.json:

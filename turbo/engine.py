@@ -30,6 +30,7 @@ from turbo.acceleration import (
     check_buckets,
     open_cache,
 )
+from turbo.attention import AttentionChoice, AttentionTimes, measure_attention, pick_attention
 from turbo.cache_folder import default_cache_dir
 from turbo.checkpoint import Checkpoint, load_weights
 from turbo.compile import CaptureReport
@@ -123,12 +124,15 @@ class WarmupReport:
     """What a warm-up did."""
 
     seconds: dict[str, float]
-    """`load` (of the model, before), `compile` (or load compiled code), `capture`, then `prompt`,
-    stage names and `decode` -> seconds of their first run."""
+    """`load` (of the model, before), `attention` (measuring it), `compile` (or load compiled code),
+    `capture`, then `prompt`, stage names and `decode` -> seconds of their first run."""
     captures: tuple[CaptureReport, ...] = ()
     """Each part and shape that is captured, with its seconds and its memory."""
     built: int = 0
     """Binaries that a compiler built because the cache on disk did not hold them."""
+    attention: tuple[AttentionTimes, ...] = ()
+    """What the backends of the network's attention took, and which was chosen, for each shape
+    that `attention="auto"` measured."""
 
 
 class _Meter:
@@ -226,6 +230,7 @@ class Engine:
         compile: bool | str = AUTO,
         capture: str = AUTO,
         kernels: bool | str = AUTO,
+        attention: str | None = None,
         cache_dir: str | Path | None = AUTO,
         strict_speed: bool = False,
         on_progress: OnProgress | None = None,
@@ -254,6 +259,9 @@ class Engine:
             capture: "cuda-graph", "replay" (its rules without a graph), "eager" (none) or "auto":
                 CUDA graphs on CUDA.
             kernels: Whether fused Triton kernels run; "auto": on CUDA.
+            attention: What computes the network's attention, one of `turbo.plan.ATTENTION`: "auto"
+                is what `warmup` measures to be fastest on CUDA, "sdpa" on a CPU; None: as the plan
+                says.
             cache_dir: Where compiled code is kept, so that the next process compiles nothing;
                 "auto" is `default_cache_dir`, None keeps none.
             strict_speed: Raise where something cannot be compiled or captured; otherwise a line is
@@ -302,7 +310,16 @@ class Engine:
         checkpoints = files.open()
         kept = pick_quantization(asked, checkpoints[NETWORK].quantization, device)
         models, fuser = _load(
-            checkpoints, words, plan, device, dtype, kept, on_progress, choices, strict_loras
+            checkpoints,
+            words,
+            plan,
+            device,
+            dtype,
+            kept,
+            plan.performance.attention if attention is None else attention,
+            on_progress,
+            choices,
+            strict_loras,
         )
         accelerator = _accelerate(models, speed_ups, plan, cache_dir)
         engine = cls(models, files, plan, fuser, strict_loras=strict_loras, accelerator=accelerator)
@@ -372,6 +389,7 @@ class Engine:
                 on_progress(name, 1, 1)
 
         with self._lock, self._current_device(), meter.settled():
+            attention = self._measure_attention(plan, buckets, seconds)
             if self.accelerator.speed_ups.any_stand_in:
                 begin, before = time.perf_counter(), self.accelerator.compile_seconds
                 captures = self._capture_usual(plan, buckets, on_progress)
@@ -400,7 +418,10 @@ class Engine:
             with part("decode"):
                 self._decode(latent, plan.performance)
         return WarmupReport(
-            seconds=seconds | meter.read(), captures=captures, built=self.accelerator.built
+            seconds=seconds | meter.read(),
+            captures=captures,
+            built=self.accelerator.built,
+            attention=attention,
         )
 
     @torch.inference_mode()
@@ -505,6 +526,7 @@ class Engine:
             "device": self.models.device.type,
             "dtype": _name(self.models.dtype),
             "quantize": self.models.transformer.quantize,
+            "attention": self.models.transformer.attention.asked,
         }
         if image is not None:
             description |= {"first_stage": stages[0].name, "strength": stages[0].denoise}
@@ -516,6 +538,25 @@ class Engine:
             stage_images=[picture.stages for picture in pictures] if keep_stages else [],
             metadata=[{**description, "seed": one} for one in seeds],
         )
+
+    def _measure_attention(
+        self, plan: Plan, buckets: Sequence[int], seconds: dict[str, float]
+    ) -> tuple[AttentionTimes, ...]:
+        """Give each shape of the plan's requests its attention, before anything is compiled."""
+        begin, network = time.perf_counter(), self.models.transformer
+        sizes = [(stage.height // STRIDE, stage.width // STRIDE) for stage in plan.stages]
+        tokens = [count for size in sizes for count in network.token_counts(*size, buckets)]
+        times = measure_attention(
+            network.attention,
+            [(1, count) for count in (*tokens, *buckets)],
+            heads=network.config.heads,
+            head_dim=network.config.head_dim,
+            device=self.models.device,
+            dtype=network.compute_dtype,
+        )
+        if times:
+            seconds["attention"] = time.perf_counter() - begin
+        return times
 
     def _capture_usual(
         self, plan: Plan, buckets: Sequence[int], on_progress: OnProgress | None
@@ -775,6 +816,7 @@ def _load(
     device: torch.device,
     dtype: torch.dtype,
     quantize: str | None,
+    attention: str,
     on_progress: OnProgress | None,
     loras: Sequence[LoraChoice],
     strict_loras: bool,
@@ -795,9 +837,12 @@ def _load(
             "text encoder"
         )
     LoraFuser(outline.by_name(), checkpoints).check(loras, strict=strict_loras)
+    compute_dtype = arithmetic_dtype(dtype, device)
+    attention = pick_attention(attention, device, compute_dtype, outline.network.config.head_dim)
     home = torch.device("cpu") if plan.performance.enable_model_cpu_offload else device
     made = Components.build(checkpoints, home, dtypes, quantize)
-    made.network.compute_dtype = arithmetic_dtype(dtype, device)
+    made.network.compute_dtype = compute_dtype
+    made.network.attention = AttentionChoice(attention)
     for component, module in made.by_name().items():
 
         def report(done: int, total: int, component: str = component) -> None:

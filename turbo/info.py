@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from turbo._version import __version__
+from turbo.attention import usable_attention
 from turbo.cache_folder import default_cache_dir, user_cache
 from turbo.errors import CheckpointError
 from turbo.model_files import ModelFiles, find_model_files, hub_cache
@@ -28,6 +29,8 @@ PACKAGES = (
     "torchsde",
     "websocket-client",
     "gguf",
+    "torchao",
+    "xformers",
 )
 
 
@@ -88,6 +91,7 @@ def _devices() -> list[dict[str, Any]]:
         "name": _cpu_name(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _host_memory(),
+        "attention": list(usable_attention(torch.device("cpu"), torch.float32)),
     }
     return [cpu, *(_gpu(index) for index in range(torch.cuda.device_count()))]
 
@@ -107,6 +111,7 @@ def _gpu(index: int) -> dict[str, Any]:
         "compute_capability": f"{properties.major}.{properties.minor}",
         "memory_bytes": properties.total_memory,
         "runtime": torch.version.cuda or torch.version.hip,
+        "attention": list(usable_attention(torch.device("cuda", index))),
     }
 
 

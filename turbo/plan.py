@@ -87,6 +87,17 @@ TAKEN_NAMES: tuple[str, ...] = ("load", "compile", "capture", "prompt", "encode"
 QUANTIZE: tuple[str, ...] = ("auto", "none", "fp8", "int8", "int8-weight-only")
 """How the network's large matrices are kept; `auto` is as the file has them."""
 
+ATTENTION: tuple[str, ...] = (
+    "auto",
+    "sdpa",
+    "cudnn",
+    "flash",
+    "efficient",
+    "xformers",
+    "flex",
+)
+"""What computes the network's attention; `auto` is the fastest on a GPU, `sdpa` on a CPU."""
+
 _DTYPE_ALIASES = {
     "fp32": "float32",
     "bf16": "bfloat16",
@@ -225,7 +236,8 @@ class LoraSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Performance:
-    """Trades time for memory. Only tiling changes the picture, by little."""
+    """Trades time for memory. Only tiling changes the picture, by little, and attention its last
+    bits."""
 
     enable_model_cpu_offload: bool = False
     """Keep the parts that are not at work in host memory."""
@@ -233,11 +245,14 @@ class Performance:
     """Decode several pictures one after the other."""
     enable_vae_tiling: bool = False
     """Decode a large picture in tiles."""
+    attention: str = "auto"
+    """One of `ATTENTION`."""
 
     def __post_init__(self) -> None:
         check = _Checker(self, "performance")
-        for item in fields(self):
-            check.flag(item.name)
+        for name in ("enable_model_cpu_offload", "enable_vae_slicing", "enable_vae_tiling"):
+            check.flag(name)
+        check.choice("attention", ATTENTION)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from turbo.attention import SDPA, AttentionChoice, attend
 from turbo.errors import CheckpointError
 from turbo.quantize import QuantizedLinear, QuantizedRows
 
@@ -187,16 +188,12 @@ class Attention(nn.Module):
         self.out = make.matrix(config.dim, config.dim)
         self.qk_norm = _weight(2, config.head_dim, like=make)
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, backend: str = SDPA) -> Tensor:
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, -1, self.head_dim)
         qk = _rms_norm(qkv[:, :, :2], self.qk_norm.unsqueeze(1), QK_NORM_EPS)
         q, k = rotate(qk.flatten(2, 3), rotary).chunk(2, dim=2)
-        v = qkv[:, :, 2]
-        mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        )
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(attend(backend, q, k, qkv[:, :, 2]).flatten(2))
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
@@ -327,28 +324,32 @@ class Block(nn.Module):
         )
         return (weights.float() * modulation).to(weights.dtype)
 
-    def forward(self, x: Tensor, factors: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, factors: Tensor, rotary: Tensor, attention: str = SDPA) -> Tensor:
         """One block.
 
         Args:
             x: Residual stream, [batch, tokens, dim].
             factors: One row of `factors()`, [4, dim].
             rotary: [tokens, 2, 1, head_dim / 2], float32.
+            attention: Its backend, see `turbo.attention.attend`.
         """
         scale_attn, gate_attn, scale_ffn, gate_ffn = factors.unbind()
-        branch = clamp_float16(self.attention(_rms_norm(x, scale_attn), rotary))
+        branch = clamp_float16(self.attention(_rms_norm(x, scale_attn), rotary, attention))
         x = x + _rms_norm(branch, gate_attn)
         branch = clamp_float16(self.feed_forward(_rms_norm(x, scale_ffn)))
         return x + _rms_norm(branch, gate_ffn)
 
 
-RunBlock = Callable[[Block, Tensor, Tensor, Tensor], Tensor]
-"""Runs a block on (residual stream, factors, rotary table): `run_block` or a faster stand-in."""
+RunBlock = Callable[[Block, Tensor, Tensor, Tensor, str], Tensor]
+"""Runs a block on (residual stream, factors, rotary table, attention backend): `run_block` or a
+faster stand-in."""
 
 
-def run_block(block: Block, x: Tensor, factors: Tensor, rotary: Tensor) -> Tensor:
+def run_block(
+    block: Block, x: Tensor, factors: Tensor, rotary: Tensor, attention: str = SDPA
+) -> Tensor:
     """Run a block as it is."""
-    return cast(Tensor, block(x, factors, rotary))
+    return cast(Tensor, block(x, factors, rotary, attention))
 
 
 class Transformer(nn.Module):
@@ -395,6 +396,7 @@ class Transformer(nn.Module):
         self.final_adaLN = Linear(config.time_dim, config.dim, make)
         self.final_linear = Linear(config.dim, patch_values, make)
         self.compute_dtype = compute_dtype or self.dtype
+        self.attention = AttentionChoice()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -475,8 +477,9 @@ class Transformer(nn.Module):
         caption = torch.where(
             is_real.unsqueeze(-1), embedded, self.cap_pad_token.to(embedded.dtype)
         )
+        attention = self.attention.of(caption)
         for block in _blocks(self.context_refiner):
-            caption = run(block, caption, block.factors(None)[0], rotary)
+            caption = run(block, caption, block.factors(None)[0], rotary, attention)
         return caption.to(self.dtype)
 
     def rotary_table(self, height: int, width: int, caption_tokens: int) -> Tensor:
@@ -504,6 +507,18 @@ class Transformer(nn.Module):
         ]
         angle = torch.cat(angles, dim=1).unsqueeze(1)
         return torch.stack((angle.cos(), angle.sin()), dim=1).float().to(self.x_pad_token.device)
+
+    @staticmethod
+    def token_counts(height: int, width: int, caption_tokens: Sequence[int]) -> tuple[int, ...]:
+        """How many tokens see each other: in a noise refiner, then in a layer for each caption.
+
+        Args:
+            height: Latent rows.
+            width: Latent columns.
+            caption_tokens: Padded caption lengths.
+        """
+        image = padded_length(-(-height // PATCH) * -(-width // PATCH))
+        return image, *(caption + image for caption in caption_tokens)
 
     def modulation_table(self, sigmas: Sequence[float]) -> Tensor:
         """All the factors that depend on sigma alone, for every network call of a schedule.
@@ -560,11 +575,13 @@ class Transformer(nn.Module):
         image = _pad(self.x_embedder(patches), self.x_pad_token)
         factors = iter(modulation[:-1].reshape(-1, 4, *modulation.shape[1:]).unbind())
         image_rotary = rotary[caption.shape[1] :]
+        attention = self.attention.of(image)
         for block in _blocks(self.noise_refiner):
-            image = refine(block, image, next(factors), image_rotary)
+            image = refine(block, image, next(factors), image_rotary, attention)
         x = torch.cat((caption.to(image.dtype), image), dim=1)
+        attention = self.attention.of(x)
         for block in _blocks(self.layers):
-            x = join(block, x, next(factors), rotary)
+            x = join(block, x, next(factors), rotary, attention)
         x = x[:, caption.shape[1] : caption.shape[1] + patches.shape[1]]
         return -unpatchify(self.finish(x, modulation[-1]), height, width).to(latent.dtype)
 

@@ -36,6 +36,7 @@ from turbo.acceleration import (
     check_buckets,
     open_cache,
 )
+from turbo.attention import AttentionChoice
 from turbo.cache_folder import default_cache_dir
 from turbo.denoiser import ModulationTable
 from turbo.easycache import StepCache
@@ -256,7 +257,8 @@ def test_a_picture_that_failed_changes_no_later_one(captured: Engine, plain: Eng
 
 def test_tiling_and_slicing_go_with_captures(captured: Engine, plain: Engine):
     for key in ("enable_vae_tiling", "enable_vae_slicing"):
-        plan = replace(PLAN, performance=Performance(**{key: True}))
+        switch: dict[str, Any] = {key: True}
+        plan = replace(PLAN, performance=Performance(**switch))
         want, got = (one.generate("a cat", seed=7, plan=plan) for one in (plain, captured))
         assert bits(got) == bits(want)
 
@@ -650,6 +652,8 @@ def test_the_caches_key_holds_all_that_code_is_made_for(model: Path, plain: Engi
     small = load(model)
     config = small.models.transformer.config
     small.models.transformer.config = replace(config, layers=config.layers + 1)
+    other = load(model)
+    other.models.transformer.attention = AttentionChoice("flex")
     keys = [
         key(plain),
         key(small),
@@ -658,6 +662,7 @@ def test_the_caches_key_holds_all_that_code_is_made_for(model: Path, plain: Engi
         key(plain, sizes=[(64, 80)]),
         key(plain, sizes=[(64, 64), (64, 64)]),
         key(plain, speed_ups=SpeedUps(compile=True, capture="replay")),
+        key(other),
     ]
     assert len(set(keys)) == len(keys)
     assert key(load(model)) == keys[0]

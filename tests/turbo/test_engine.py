@@ -1173,7 +1173,8 @@ def test_a_tokenizer_of_another_model_is_refused(comfyui: Path, shared: Path):
 
 @pytest.mark.parametrize("key", ["enable_vae_slicing", "enable_model_cpu_offload"])
 def test_slicing_and_offload_change_no_bit_on_a_cpu(engine: Engine, comfyui: Path, key: str):
-    other = load(comfyui, plan=replace(PLAN, performance=Performance(**{key: True})))
+    switch: dict[str, Any] = {key: True}
+    other = load(comfyui, plan=replace(PLAN, performance=Performance(**switch)))
     other.warmup()
     want = engine.generate("a cat", seed=7, num_images=2, image=gradient(64, 80), strength=0.7)
     got = other.generate("a cat", seed=7, num_images=2, image=gradient(64, 80), strength=0.7)

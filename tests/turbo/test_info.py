@@ -19,6 +19,7 @@ def test_versions_and_devices_are_told():
     assert info["packages"]["torch"] == torch.__version__
     assert info["devices"][0]["device"] == "cpu"
     assert info["devices"][0]["name"]
+    assert "sdpa" in info["devices"][0]["attention"]
     assert len(info["devices"]) == 1 + torch.cuda.device_count()
     assert info["model"] is None
     json.dumps(info)
