@@ -16,6 +16,7 @@ COMMANDS = {
     "export": "the figures for other tools, such as github-action-benchmark",
     "load": "requests at random times: latency, queue, throughput, errors",
     "quality": "how far each approximate option changes the picture",
+    "loading": "peak host memory of reading a model's files",
 }
 
 
