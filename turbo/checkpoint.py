@@ -358,7 +358,7 @@ def open_file(component: str, *paths: Path | str) -> Checkpoint:
 
 
 def open_folder(component: str, folder: Path | str) -> Checkpoint:
-    """Open a component folder of the diffusers layout, sharded or not.
+    """Open a component folder of the diffusers layout, sharded or not, or with one GGUF file.
 
     Raises:
         CheckpointError: A file is missing, damaged or of another model, or ``config.json``
@@ -368,7 +368,9 @@ def open_folder(component: str, folder: Path | str) -> Checkpoint:
     try:
         headers = _folder_headers(folder)
         config_file = folder / "config.json"
-        config = _read_json(config_file) if config_file.exists() else {}
+        config = gguf_file.gguf_config(headers[0]) if component == TEXT_ENCODER else {}
+        if config_file.exists():
+            config |= _read_json(config_file)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {one_line(error)}") from error
     checkpoint = _arrange(component, headers, str(folder), config)
@@ -587,7 +589,7 @@ def _row_chunks(source: _Source) -> list[tuple[int, int]]:
 
 
 def _folder_headers(folder: Path) -> list[Header]:
-    """Headers of a component folder: of its one file, or of the shards."""
+    """Headers of a component folder: of its one file, or of the shards; last comes a GGUF file."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     found = {path.name: path for path in sorted(folder.glob("*.safetensors"))}
@@ -598,14 +600,25 @@ def _folder_headers(folder: Path) -> list[Header]:
     if len(indexes) == 1:
         return _shard_headers(indexes[0])
     if not found:
-        there = sorted(path.name for path in folder.iterdir())
-        raise CheckpointError(f"{folder}: holds no .safetensors file (there: {some_names(there)})")
+        return [_only_gguf_header(folder)]
     if indexes or not (_is_whole_set(found) or len(found) == 1):
         several = [path.name for path in indexes] or list(found)
         raise CheckpointError(
             f"{folder}: holds several sets of weights ({some_names(several)}); keep one"
         )
     return [read_header(path) for path in found.values()]
+
+
+def _only_gguf_header(folder: Path) -> Header:
+    there = sorted(path.name for path in folder.iterdir())
+    found = [name for name in there if name.endswith(".gguf")]
+    if not found:
+        raise CheckpointError(
+            f"{folder}: holds no .safetensors or .gguf file (there: {some_names(there)})"
+        )
+    if len(found) > 1:
+        raise CheckpointError(f"{folder}: holds several GGUF files ({some_names(found)}); keep one")
+    return open_header(folder / found[0])
 
 
 def _shard_headers(index: Path) -> list[Header]:

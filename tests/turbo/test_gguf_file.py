@@ -29,7 +29,7 @@ from tests.turbo.gguf_model import (
     write_network,
     write_text_encoder,
 )
-from turbo.checkpoint import Checkpoint, open_file, open_header
+from turbo.checkpoint import Checkpoint, open_file, open_folder, open_header
 from turbo.engine import Engine
 from turbo.errors import CheckpointError, LoraError
 from turbo.gguf_file import is_readable, read_gguf_header
@@ -258,6 +258,38 @@ def test_a_name_without_suffix_is_looked_up_as_a_gguf_file_too(models: Path):
     assert find_model_files(models, diffusion_model="z_image_turbo").network.suffix == ".gguf"
 
 
+def test_gguf_files_in_a_diffusers_folder_give_the_pictures_of_its_safetensors(tmp_path: Path):
+    folder = make_tiny_model(tmp_path / "diffusers", layout="diffusers")
+    expected = picture(load(folder))
+    sources = make_tiny_model(tmp_path / "comfyui") / "models"
+    for name in ("transformer", "text_encoder"):
+        for file in (folder / name).glob("*.safetensors*"):
+            file.unlink()
+    write_network(folder / "transformer" / "network.gguf", sources / NETWORK_FILE, Kind.BF16)
+    write_text_encoder(folder / "text_encoder" / "q.gguf", sources / TEXT_FILE, Kind.BF16)
+    assert picture(load(folder)) == expected
+
+
+def test_several_gguf_files_in_a_component_folder_are_refused(tmp_path: Path):
+    for name in ("a.gguf", "b.gguf"):
+        write_gguf(tmp_path / name, small_network())
+    with pytest.raises(CheckpointError, match=r"several GGUF files \(a\.gguf, b\.gguf\); keep one"):
+        open_folder(NETWORK, tmp_path)
+
+
+def test_safetensors_in_a_component_folder_win_over_gguf(tmp_path: Path):
+    save_file(small_network(), tmp_path / "model.safetensors")
+    write_gguf(tmp_path / "model.gguf", small_network(), kind=mostly(Kind.Q8_0))
+    assert open_folder(NETWORK, tmp_path).files == (tmp_path / "model.safetensors",)
+
+
+def test_what_a_gguf_file_says_in_a_component_folder_is_checked_too(tiny: Path, tmp_path: Path):
+    said = {"qwen3.rope.freq_base": 1e4}
+    write_text_encoder(tmp_path / "q.gguf", tiny / TEXT_FILE, Kind.BF16, **said)
+    with pytest.raises(CheckpointError, match=r"rope_theta is 10000\.0, must be 1000000\.0"):
+        open_folder(TEXT_ENCODER, tmp_path)
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -369,6 +401,10 @@ def whole(
     return start + bytes(-len(start) % 32) + data
 
 
+CONTENTS = len(whole(data=b"").rstrip(b"\0")) + 7
+"""Bytes up to the end of the list of tensors, whose last one is an offset of 32."""
+
+
 def put(path: Path, content: bytes | bytearray) -> Path:
     path.write_bytes(content)
     return path
@@ -392,7 +428,14 @@ def test_a_truncated_file_is_refused_wherever_it_was_cut(cut: int, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("cut", "section"),
-    [(10, "header"), (90, "metadata"), (140, "list of tensors"), (len(whole()) - 1, "cap_pad")],
+    [
+        (10, "header"),
+        (90, "metadata"),
+        (140, "list of tensors"),
+        (CONTENTS + 1, "or before x_pad_token"),  # what aligns the data
+        (len(whole()) - 39, "x_pad_token"),
+        (len(whole()) - 1, "cap_pad_token"),
+    ],
 )
 def test_the_message_says_in_which_section_the_file_ends(cut: int, section: str, tmp_path: Path):
     with pytest.raises(CheckpointError, match=f"it ends within .*{section}"):
