@@ -19,6 +19,7 @@ from turbo.errors import CheckpointError
 from turbo.model_files import find_model_files
 from turbo.names import NETWORK, TEXT_ENCODER
 from turbo.plan import Plan, Stage
+from turbo.quantize import QuantizedLinear
 from turbo.testing import make_tiny_model
 
 QKV = "layers.0.attention.qkv"
@@ -217,6 +218,32 @@ def test_a_scale_that_is_no_number_is_refused_when_it_is_read(value: float, tmp_
     checkpoint = open_file(NETWORK, write(tmp_path / "fp8.safetensors", network() | scale))
     with pytest.raises(CheckpointError, match="weight_scale holds NaN or infinity"):
         read(checkpoint, f"{QKV}.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_one_bad_scale_among_the_rows_is_refused_on_every_way(dtype: torch.dtype, tmp_path: Path):
+    scale = torch.ones(6, 1)
+    scale[4] = float("nan")
+    tensors = network(dtype) | {f"{QKV}.weight_scale": scale}
+    checkpoint = open_file(NETWORK, write(tmp_path / "q.safetensors", tensors))
+    kept = QuantizedLinear("fp8" if dtype.is_floating_point else "int8", 2, 6).rows()
+    for reading in (
+        lambda: read(checkpoint, f"{QKV}.weight"),
+        lambda: checkpoint.quantize_into(f"{QKV}.weight", kept),
+    ):
+        with pytest.raises(CheckpointError, match="weight_scale holds NaN or infinity"):
+            reading()
+
+
+def test_an_engine_is_not_made_of_a_file_with_a_bad_scale(tmp_path: Path):
+    models = make_tiny_model(tmp_path / "tiny") / "models"
+    path = find_model_files(models).network
+    quantise(path, "metadata")
+    tensors = load_file(path)
+    tensors[f"{OUT}.weight_scale"].fill_(float("nan"))
+    write(path, tensors)
+    with pytest.raises(CheckpointError, match=rf"{OUT}\.weight_scale holds NaN or infinity"):
+        engine(models)
 
 
 # --- a whole engine ------------------------------------------------------------------------------
