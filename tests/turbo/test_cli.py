@@ -191,6 +191,7 @@ def test_all_flags_reach_the_engine(engine: FakeEngine, folder: Path):
         *("--lora", "a.safetensors:0.5", "--lora", "b", "--image", "start.png"),
         *("--strength", "0.4", "--save-stages", "-o", "out.png", "--compile", "on"),
         *("--capture", "replay", "--kernels", "off", "--cache-dir", "c", "--strict-speed"),
+        *("--attention", "flex"),
     ]
     assert main(arguments) == 0
     engine.loaded.pop("on_progress")
@@ -209,6 +210,7 @@ def test_all_flags_reach_the_engine(engine: FakeEngine, folder: Path):
         "compile": True,
         "capture": "replay",
         "kernels": False,
+        "attention": "flex",
         "cache_dir": "c",
         "strict_speed": True,
     }
