@@ -19,7 +19,7 @@ import torch
 
 from bench import arithmetic
 from bench.arguments import Parser
-from bench.kernel_parts import kernels
+from bench.kernel_parts import attention, kernels
 from bench.machine import describe_machine
 from bench.model_parts import decode, network, picture, profile, prompt
 from bench.process_parts import checks, start
@@ -39,6 +39,7 @@ PARTS = {
     "picture": 130,
     "profile": 30,
     "kernels": 60,
+    "attention": 60,
     "start": 200,
 }
 """Name -> seconds that a part may take at the most. Most need far less, so the sum may be more than
@@ -58,6 +59,7 @@ def make_parts(setting: Setting) -> list[Part]:
         "picture": picture,
         "profile": profile,
         "kernels": kernels,
+        "attention": attention,
         "start": start,
     }
     return [Part(name, partial(runs[name], setting), seconds) for name, seconds in PARTS.items()]

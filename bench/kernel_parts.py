@@ -1,4 +1,7 @@
-"""The part of ``bench device`` that times the fused kernels beside Inductor's and eager code."""
+"""The parts of ``bench device`` that time single operations.
+
+The fused kernels beside Inductor's and eager code, and the network's attention by each backend.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.random_model import PROMPT_TOKENS
 from bench.results import Found, recorded
-from bench.setting import Setting, require_near
+from bench.setting import Judge, Setting, require_near
 from bench.timing import time_launches, time_runs
+from turbo.attention import AUTO, FLEX, SDPA, attend, why_not
+from turbo.denoiser import is_unguided
+from turbo.errors import BadInputError
 from turbo.latent import SCALE, SHIFT, STRIDE
+from turbo.plan import ATTENTION
 from turbo.similarity import KernelSimilarity, PlainSimilarity, Similarity
+from turbo.transformer import Transformer
 
 SIGMA = 0.7
 THRESHOLD = 0.12
@@ -119,6 +128,39 @@ def observe_formula(
     seen = y[..., ::8, ::8]
     rate = (seen - last_output).abs().mean() / distance
     return y - x, rate, y.abs().mean(), x[..., ::8, ::8].clone(), seen.clone()
+
+
+@torch.inference_mode()
+def attention(setting: Setting, found: Found, seconds: float) -> None:
+    """The network's attention over each stage's joint tokens, by each backend that can run."""
+    config, dtype = setting.size.network_config, setting.product_dtype
+    for stage in reversed(setting.stages):  # the longest first: it matters most
+        size = stage.height // STRIDE, stage.width // STRIDE
+        _, tokens = Transformer.token_counts(*size, [PROMPT_TOKENS])
+        batch = 1 if is_unguided(stage.cfg) else 2
+        shape = (batch, tokens, 3, config.heads, config.head_dim)
+        qkv = setting.draw(*shape, seed=1, dtype=dtype).unbind(2)
+        exact = attend(SDPA, *(part.float() for part in qkv))
+        judge = Judge(exact, attend(SDPA, *qkv))
+        operations = 4 * batch * tokens**2 * config.dim
+        entry = found[stage.name] = {"batch": batch, "tokens": tokens}
+        for backend in ATTENTION:
+            if backend == AUTO or (backend == FLEX and setting.small):  # which would compile
+                continue
+            with recorded(entry, backend) as numbers:
+                numbers |= _attention(setting, backend, qkv, judge, operations)
+
+
+def _attention(
+    setting: Setting, backend: str, qkv: tuple[Tensor, ...], judge: Judge, operations: int
+) -> Found:
+    problem = why_not(backend, setting.device, qkv[0].dtype, qkv[0].shape[-1])
+    if problem is not None:
+        raise BadInputError(f"attention {backend!r} {problem}")
+    run = partial(attend, backend, *qkv)
+    checked = judge.check(run())
+    timed = time_launches([run] * LAUNCHES, setting.device, seconds=setting.seconds * 0.2)
+    return checked | timed | setting.share(operations, timed)
 
 
 def _by_inductor(formula: Callable[..., Any]) -> Callable[..., Any]:

@@ -74,6 +74,11 @@ class Setting:
         size = 512 if self.small else 8192 if self.device.type == "cuda" else 2048
         return self.product_rate((size, size, size), copies=1)
 
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What matrix products are measured in."""
+        return self.dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+
     def product_rate(self, shape: arithmetic.Shape, copies: int | None = None) -> dict[str, Any]:
         """Check, then time, ``x @ weight.T``.
 
@@ -83,8 +88,7 @@ class Setting:
                 network's blocks each have their own.
         """
         rows, columns, inner = shape
-        usual = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        dtype = self.dtype or usual
+        dtype = self.product_dtype
         weight_bytes = columns * inner * dtype.itemsize
         room = (1 if self.small else 256) << 20
         count = copies or max(1, -(-room // weight_bytes))

@@ -71,7 +71,7 @@ def test_the_full_size_is_that_of_the_real_files(shared: Path):
 def test_every_part_that_runs_in_this_process_finds_its_numbers(setting: Setting):
     parts = {part.name: part for part in device.make_parts(setting)}
     found: dict[str, Found] = {}
-    for name in ("machine", "matmul", "prompt", "decode", "picture", "kernels"):
+    for name in ("machine", "matmul", "prompt", "decode", "picture", "kernels", "attention"):
         found[name] = {}
         parts[name].run(found[name], 60)
     assert found["machine"]["torch"] == torch.__version__
@@ -82,6 +82,9 @@ def test_every_part_that_runs_in_this_process_finds_its_numbers(setting: Setting
     assert 0 < fast["outside_share"] < 1
     assert set(fast["skipped_of_calls"]) == {"stage1", "stage2", "stage3"}
     assert found["kernels"]["stage3"]["latent_upscale"]["eager"]["device"]["median_us"] > 0
+    by_backend = found["attention"]["stage3"]
+    assert by_backend["sdpa"]["share_of_limit"] > 0
+    assert "'cudnn' needs a CUDA device, got cpu" in by_backend["cudnn"]["withheld"]
     assert any("of the limit" in line for line in device.table(found))
 
 
