@@ -24,6 +24,7 @@ from PIL import Image
 from bench.child import Child, free_port
 from bench.comfyui_server import NO_SERVER, Launch, link_models, names_of
 from bench.comfyui_times import Watch
+from bench.servers import require_same_memory
 from bench.side import MissingRivalError, Request, Round, SideError
 from turbo.comfyui_client import ComfyUIClient
 from turbo.comfyui_http import ServerHttp, Unreachable
@@ -112,7 +113,7 @@ class ComfyUISide:
 
     def settings(self) -> dict[str, Any]:
         """Versions and arguments as the server tells them, and what it had to have."""
-        system, device = self._stats.get("system", {}), self._device()
+        system, device = self._system(), self._device()
         ours = self._launch is not None
         return {
             "program": "ComfyUI",
@@ -249,6 +250,7 @@ class ComfyUISide:
         try:
             self._http = ServerHttp(url, ASK_SECONDS)
             self._stats = self._http.ask("/system_stats")
+            require_same_memory("ComfyUI", url, self._system().get("ram_total"))
             # What it answers from its cache would not be measured.
             self._http.exchange("/free", {"unload_models": True, "free_memory": True})
         except Unreachable as error:
@@ -272,6 +274,10 @@ class ComfyUISide:
         if self._http is None:
             raise SideError(f"{self.name} is not started")
         return self._http
+
+    def _system(self) -> dict[str, Any]:
+        system = self._stats.get("system")
+        return system if isinstance(system, dict) else {}
 
     def _device(self) -> dict[str, Any]:
         devices = self._stats.get("devices") or [{}]

@@ -32,6 +32,7 @@ from bench.load_targets import (
 )
 from bench.machine import describe_machine
 from bench.results import FORMAT, Results, describe_error
+from bench.servers import ANOTHER_MACHINE
 from bench.timing import percentile
 from turbo.engine import Engine, pick_device
 from turbo.errors import BadInputError, TurboError
@@ -114,6 +115,11 @@ def _withhold(data: dict[str, Any], why: str) -> None:
 def table(data: dict[str, Any]) -> Iterator[str]:
     """The run's figures as lines for a terminal."""
     asked = len(data["requests"])
+    if data.get("configuration", {}).get("server_machine") == ANOTHER_MACHINE:
+        yield (
+            "the server is on another machine: the figures are its own and the network's, and the "
+            "machine in the results file is the one that sent the requests"
+        )
     yield (
         f"{data['completed']} of {asked} requests answered, {data['throughput_per_s']:.4g} per s "
         f"over {data['throughput_over_s']:.4g} s"

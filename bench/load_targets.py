@@ -21,6 +21,7 @@ from torch import Tensor
 from bench.arrivals import Clock, FifoWorker, Record
 from bench.described import describe_model
 from bench.model_parts import PICTURE_FLOOR
+from bench.servers import ANOTHER_MACHINE, is_here
 from bench.setting import distance
 from turbo.comfyui_http import ServerHttp, Unreachable, is_loopback
 from turbo.engine import Engine
@@ -38,7 +39,6 @@ SUBJECTS = (
 )
 WARM_UP = 1_000_000
 """Number of the first warm-up request: beyond those of any run."""
-_SAMPLED_VALUES = 64
 
 
 class CheckError(Exception):
@@ -219,7 +219,8 @@ class ServerTarget:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "url": self._http.url if is_loopback(self._http.url) else "another machine's",
+            "url": self._http.url if is_loopback(self._http.url) else "not shown",
+            "server_machine": "this one" if is_here(self._http.url) else ANOTHER_MACHINE,
             "model": {"name": self._model},
             "size": list(self._size),
         }

@@ -289,6 +289,14 @@ def test_a_diffusers_folder_is_nothing_for_comfyui(files, tmp_path):
 # ---------------------------------------------------------------- a server that runs already
 
 
+def test_a_server_behind_a_tunnel_is_refused(server, files):
+    stats = {"system": {"ram_total": 2**50}}
+    server.overrides["/system_stats"] = lambda: (200, json.dumps(stats).encode())
+    with pytest.raises(MissingRivalError, match="it runs elsewhere") as caught:
+        ComfyUISide(files, DEFAULT_PLAN, url=server.url).start()
+    line_of(caught)
+
+
 def test_a_given_servers_caches_are_emptied_before_the_first_picture(files, server):
     side = ComfyUISide(files, DEFAULT_PLAN, url=server.url)
     assert side.start() == {}

@@ -20,7 +20,7 @@ import scipy.stats
 from PIL import Image
 
 import bench.__main__
-from bench import load
+from bench import load, load_targets
 from bench.arguments import without_folders
 from bench.arrivals import (
     Clock,
@@ -32,6 +32,8 @@ from bench.arrivals import (
     send_all,
 )
 from bench.load_targets import prompt_of
+from bench.reporting.files import ResultsFile
+from bench.reporting.page import make_page
 from bench.results import read_results
 from tests.bench.fake_images_server import FakeImagesServer, painted, png, running
 from turbo.engine import Engine
@@ -336,6 +338,17 @@ def test_a_server_that_dies_leaves_the_numbers_from_before(tmp_path):
         assert code == 0
     assert 0 < data["completed"] < len(data["requests"])
     assert sum(data["errors"].values()) == len(data["requests"]) - data["completed"]
+
+
+def test_a_run_says_on_which_machine_the_server_is(server, tmp_path, monkeypatch, capsys):
+    _, here = run(server, tmp_path / "here.json")
+    monkeypatch.setattr(load_targets, "is_here", lambda url: False)
+    _, elsewhere = run(server, tmp_path / "elsewhere.json")
+    machines = [data["configuration"]["server_machine"] for data in (here, elsewhere)]
+    assert machines == ["this one", "another one"]
+    assert capsys.readouterr().out.count("the server is on another machine") == 1
+    page = make_page([ResultsFile.read(tmp_path / "elsewhere.json")])
+    assert "the server is on another machine than the one named here" in page
 
 
 def test_a_run_without_an_answer_fails(server, tmp_path, capsys):
