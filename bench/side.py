@@ -37,7 +37,7 @@ class Round:
     seconds: Mapping[str, float]
     """Part -> seconds. `total` always; where they can be told apart `prompt`, each stage by its
     name, `decode`, `png`, and `load` for weights that are read again in each round. `total` leaves
-    out `load` and `png`."""
+    out `load` and, but for `total_has_png`, `png`."""
     image: Image
     """The last stage's picture, RGB."""
     stage_images: Mapping[str, Image] = field(default_factory=dict)
@@ -50,6 +50,8 @@ class Round:
     """Stage -> (network calls saved by the step cache, calls wanted), where they can be told."""
     memory_gib: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Part -> peak device memory, `allocated` and `reserved`, where they can be told."""
+    total_has_png: bool = False
+    """Whether coding the PNG is in `total`, where a program does not tell it apart."""
     spans: int = 0
     """Times that the harness looked at a clock for this round's sake."""
 

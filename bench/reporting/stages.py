@@ -23,6 +23,7 @@ from bench.reporting.markup import (
     milliseconds,
     note,
     number,
+    plain,
     section,
     tag,
 )
@@ -60,11 +61,23 @@ def _stage_figure(file: ResultsFile) -> Markup:
         groups,
         [tag("p", f"{side.name}: no figures, because {side.withheld}", class_="warning")
          for side in file.sides if side.withheld],
+        [note(sentence) for sentence in included_sentences(file.measured)],
         figures(
             ["side", "total", "p20 to p80", "p95", "rounds", *names],
             (_stage_row(side, names) for side in file.measured),
         ),
     )  # fmt: skip
+
+
+def included_sentences(sides: Sequence[Side]) -> list[str]:
+    """What is in some sides' totals that others leave out."""
+    included = {side.name: side.entry("settings").get("total_includes") for side in sides}
+    return [
+        f"The total of {name} includes {' and '.join(map(plain, parts))}, which its program does "
+        "not tell apart; for the ratios the other side's PNG is added to its total."
+        for name, parts in included.items()
+        if isinstance(parts, list)
+    ]
 
 
 def _grouped(sides: Sequence[Side]) -> dict[str, list[Side]]:

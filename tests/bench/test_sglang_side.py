@@ -93,6 +93,7 @@ def test_a_picture_comes_with_the_requests_wall_time(server):
     picture = side_of(server).paint(REQUEST)
     assert list(picture.seconds) == ["total"]
     assert picture.seconds["total"] > 0
+    assert picture.total_has_png
     assert (picture.image.size, picture.image.mode) == ((672, 864), "RGB")
 
 
@@ -115,6 +116,7 @@ def test_the_single_stage_is_asked_for(server):
 def test_settings_name_the_model_without_its_folder(server):
     settings = side_of(server).settings()
     assert (settings["model"], settings["dit_precision"]) == ("Z-Image-Turbo", "bf16")
+    assert settings["total_includes"] == ["coding the PNG", "its transfer"]
 
 
 @pytest.mark.parametrize(
