@@ -135,7 +135,7 @@ def _diffusers_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
     sides = [*_turbo_sides(subject, exact)]
     sides += [
         DiffusersSide(subject.loaded, exact),
-        DiffusersSide(subject.loaded, exact, compiled=True),
+        DiffusersSide(subject.loaded, exact, compiled=True, warm_up=subject.warm_up_requests()),
     ]
     if subject.has_easycache:
         plan, fastest = subject.plan, _fastest(subject)

@@ -101,12 +101,29 @@ class Subject:
             seed=options.seed,
         )
 
-    def buckets(self, rounds: int) -> tuple[int, ...]:
+    def requests(self) -> list[Request]:
+        """All of them, that of the picture which is not timed in front."""
+        return [self.request(number) for number in range(self.options.rounds + 1)]
+
+    def buckets(self) -> tuple[int, ...]:
         """Padded lengths of all prompts that the rounds will ask for."""
-        requests = [self.request(number) for number in range(rounds + 1)]
-        texts = [text for one in requests for text in (one.prompt, one.negative_prompt)]
+        return tuple(sorted({length for one in self.requests() for length in self._lengths(one)}))
+
+    def warm_up_requests(self) -> list[Request]:
+        """One for every pair of padded prompt lengths that only later pictures than the first have.
+
+        A program that compiles for each pair needs them before anything is timed.
+        """
+        by_lengths = {self._lengths(one): one for one in reversed(self.requests())}
+        del by_lengths[self._lengths(self.request(0))]
+        return [*by_lengths.values()]
+
+    def _lengths(self, request: Request) -> tuple[int, int]:
         encode = self.models.tokenizer.encode_prompt
-        return tuple(sorted({padded_length(len(encode(text))) for text in texts}))
+        return (
+            padded_length(len(encode(request.prompt))),
+            padded_length(len(encode(request.negative_prompt))),
+        )
 
     def without_easycache(self) -> Plan:
         """The plan with every network call made."""
