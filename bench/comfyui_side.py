@@ -121,7 +121,7 @@ class ComfyUISide:
             "torch": system.get("pytorch_version"),
             "python": str(system.get("python_version")).partition(" ")[0],
             "device": device.get("name"),
-            "arguments": [_last_part(word) for word in system.get("argv", ())],
+            "arguments": _lasting(system.get("argv", ())),
             "started": "by this run" if ours else "before this run",
             "OMP_NUM_THREADS": torch.get_num_threads() if ours else None,
             "needs": dict(sorted(self._needs().items())),
@@ -379,7 +379,16 @@ def _open(data: bytes) -> Image.Image:
         return picture.convert("RGB")
 
 
-def _last_part(word: object) -> str:
+def _lasting(words: Sequence[object]) -> list[str]:
+    """A server's arguments without the port and the folders, which are others in each run."""
+    lasting = []
+    for word, before in zip(words, ("", *map(str, words))):
+        text = one_line(word)
+        is_of_the_run = before == "--port" or before.endswith(("-directory", "-config"))
+        lasting.append("…" if is_of_the_run else _last_part(text))
+    return lasting
+
+
+def _last_part(text: str) -> str:
     """An argument without the folders of this machine."""
-    text = one_line(word)
     return text.rpartition("/")[2] if text.startswith(("/", "~")) else text

@@ -2,11 +2,14 @@
 
 ``--github-action`` writes what benchmark-action/github-action-benchmark reads as
 ``customSmallerIsBetter``: a list of ``{name, unit, value, range, extra}``. That action takes two
-figures of one name for comparable, so the machine's id is part of every name.
+figures of one name for comparable, so every name carries what was measured, by which machine and
+with which settings, and at its end a key that differs wherever anything of that does, but for the
+commit and versions of libraries.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +18,11 @@ from typing import Any
 
 from bench.arguments import Parser
 from bench.reporting.files import ResultsFile, Side
+from bench.reporting.markup import plain
 from bench.results import ResultsFileError
+
+SWITCHES = ("compile", "compile_repeated_blocks", "capture", "kernels", "quantize", "easycache")
+"""Settings that a name spells out where they are on; the key at its end has all of them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,8 +96,34 @@ def _peaks_gib(memory: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _entry(file: ResultsFile, side: Side, name: str, unit: str, value: float) -> dict[str, Any]:
-    identity = file.machine["id"]
-    return {"name": f"{side.name} / {name} [{identity}]", "unit": unit, "value": value}
+    return {"name": f"{side.name} / {name} [{identity(file, side)}]", "unit": unit, "value": value}
+
+
+def identity(file: ResultsFile, side: Side) -> str:
+    """What two figures share only if they may be compared, for a reader and then as a key."""
+    key = hashlib.sha256(f"{file.what}\n{side.setting}".encode()).hexdigest()[:8]
+    threads = f"{file.machine.get('threads')} threads"
+    known = [*_configured(file.configuration), threads, *_switched_on(side.entry("settings"))]
+    return ", ".join([*known, f"machine {file.machine['id']}", f"key {key}"])
+
+
+def _configured(configuration: Mapping[str, Any]) -> Iterator[str]:
+    """Model, dtype, device and last size, where the file has them."""
+    model = configuration.get("model")
+    named = model.get("name") if isinstance(model, dict) else model
+    yield from (plain(v) for v in (named, configuration.get("dtype"), configuration.get("device")))
+    plan = configuration.get("plan")
+    generation = plan.get("generation") if isinstance(plan, dict) else None
+    stages = generation.values() if isinstance(generation, dict) else ()
+    sizes = [(one.get("width"), one.get("height")) for one in stages if isinstance(one, dict)]
+    yield from (f"{width}x{height}" for width, height in sizes[-1:])
+
+
+def _switched_on(settings: Mapping[str, Any]) -> Iterator[str]:
+    for switch in SWITCHES:
+        value = settings.get(switch)
+        if value not in (None, False, [], "", "eager"):
+            yield switch if value is True else f"{switch} {plain(value)}"
 
 
 def _extra(file: ResultsFile, side: Side) -> str:

@@ -156,7 +156,7 @@ class ResultsFile:
             key: self.configuration.get(key)
             for key in ("model", "plan", "dtype", "device", "prompt", "negative_prompt")
         }
-        return json.dumps([self.machine["id"], same], sort_keys=True)
+        return json.dumps([self.machine["id"], self.machine.get("threads"), same], sort_keys=True)
 
     def ratios(self) -> Iterator[tuple[Side, Side, Mapping[str, Any]]]:
         """(A, B, ratio of their totals) for every "A / B" of two sides with figures."""
