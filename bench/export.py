@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.arguments import Parser
+from bench.endings import OK, exit_code, require_writable
 from bench.reporting.files import ResultsFile, Side
 from bench.reporting.markup import plain
 from bench.results import ResultsFileError
+from turbo.whole_file import write_whole
 
 SWITCHES = ("compile", "compile_repeated_blocks", "capture", "kernels", "quantize", "easycache")
 """Settings that a name spells out where they are on; the key at its end has all of them."""
@@ -33,27 +35,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="as customSmallerIsBetter of github-action-benchmark")  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, help="file to write (default: the terminal)")
     options = parser.parse_args(arguments)
-    try:
-        file = ResultsFile.read(options.results, "run", "compare")
-        entries = [*github_action(file)]
-        if not entries:
-            raise ResultsFileError(f"{file.path}: no side has figures; nothing was exported")
-    except ResultsFileError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    def work() -> int:
+        require_writable(options.output)
+        return _export(options.results, options.output)
+
+    return exit_code(work)
+
+
+def _export(results: Path, output: Path | None) -> int:
+    file = ResultsFile.read(results, "run", "compare")
+    entries = [*github_action(file)]
+    if not entries:
+        raise ResultsFileError(f"{file.path}: no side has figures; nothing was exported")
     for side in file.sides:
         if side.withheld is not None:
             print(f"left out: {side.name}: {side.withheld}", file=sys.stderr)
     written = json.dumps(entries, indent=1) + "\n"
-    if options.output is None:
+    if output is None:
         print(written, end="")
-        return 0
-    try:
-        options.output.write_text(written, encoding="utf-8")
-    except OSError as error:
-        print(f"error: {options.output}: cannot be written: {error.strerror}", file=sys.stderr)
-        return 1
-    return 0
+    else:
+        write_whole(output, written.encode())
+    return OK
 
 
 def github_action(file: ResultsFile) -> Iterator[dict[str, Any]]:

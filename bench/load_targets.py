@@ -23,6 +23,7 @@ from bench.described import describe_model
 from bench.model_parts import PICTURE_FLOOR
 from bench.servers import ANOTHER_MACHINE, is_here
 from bench.setting import distance
+from bench.side import MissingRivalError, SideError
 from turbo.comfyui_http import ServerHttp, Unreachable, is_loopback
 from turbo.engine import Engine
 from turbo.errors import BadInputError
@@ -41,12 +42,8 @@ WARM_UP = 1_000_000
 """Number of the first warm-up request: beyond those of any run."""
 
 
-class CheckError(Exception):
+class CheckError(SideError):
     """What was answered is wrong, so that its times are worth nothing."""
-
-
-class AwayError(Exception):
-    """There is no server."""
 
 
 class _Stopped(BaseException):
@@ -229,7 +226,7 @@ class ServerTarget:
         """Have some pictures made, one after the other.
 
         Raises:
-            AwayError: No answer came to the first.
+            MissingRivalError: No answer came to the first.
         """
         errors = []
         for number in range(requests):
@@ -237,7 +234,7 @@ class ServerTarget:
                 self._ask(WARM_UP + number)
             except Unreachable as error:
                 if number == 0:
-                    raise AwayError(
+                    raise MissingRivalError(
                         f"no answer from {self._http.url}{ROUTE} ({error}); start the server, or "
                         "check the address and --timeout"
                     ) from error

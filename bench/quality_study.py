@@ -16,6 +16,7 @@ from torch import Tensor
 from bench.picture_grid import Cell, Row, shown, shown_difference
 from bench.pictures import compare_latents, compare_pictures, save_picture, summary_of_values
 from bench.results import Found, Results
+from bench.side import SideError
 from bench.timing import Span, ratio, synchronise
 from turbo import pipeline
 from turbo.acceleration import MOST_CAPTURED_TOKENS, USUAL_BUCKETS
@@ -31,7 +32,7 @@ EXACT = {"compile": False, "capture": "eager", "kernels": False}
 ANOTHER_SEED = "another seed"
 
 
-class FailedCheckError(Exception):
+class FailedCheckError(SideError):
     """The exact run is not repeatable, so there is nothing to measure by."""
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from turbo.messages import one_line, reason
+from turbo.whole_file import write_whole
 
 FIRST = "first"
 """Nothing was there to compare with."""
@@ -104,19 +104,14 @@ class SavedRuns:
             commit: Goes into the name.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        fresh = self._folder / f".unfinished-{os.getpid()}"
-        fresh.write_text(text, encoding="utf-8")
         name = re.sub(r"[^\w.-]", "", commit) or "no-commit"
         number = max(map(_number_of, self._files()), default=0)
-        try:
-            while True:
-                number += 1
-                path = self._folder / f"{number:04}_{name}.json"
-                with contextlib.suppress(FileExistsError):
-                    os.link(fresh, path)  # unlike a rename, never over another run's file
-                    return path
-        finally:
-            fresh.unlink()
+        while True:
+            number += 1
+            path = self._folder / f"{number:04}_{name}.json"
+            with contextlib.suppress(FileExistsError):  # another run's, saved meanwhile
+                write_whole(path, text.encode(), overwrite=False)
+                return path
 
     def _files(self) -> list[Path]:
         if not self._folder.is_dir():

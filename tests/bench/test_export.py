@@ -135,10 +135,3 @@ def test_a_file_without_any_figures_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 def test_another_kind_of_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "holds 'load' results" in refused(tmp_path, samples.load(), capsys)
-
-
-def test_a_file_that_cannot_be_written_is_a_failure(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    assert main([str(path), "--github-action", "-o", str(tmp_path / "no" / "out.json")]) == 1
-    assert "cannot be written" in capsys.readouterr().err

@@ -514,14 +514,14 @@ def test_options_that_do_not_fit_are_refused(arguments):
     assert caught.value.code == 2
 
 
-def test_a_results_file_that_cannot_be_written_is_refused_first(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    output = str(tmp_path / "file" / "load.json")
-    assert load.main(["--rate", "1", "--duration", "9", "-o", output]) == 2
-    assert "give another -o" in capsys.readouterr().err
-
-
 def test_folders_and_names_of_servers_are_left_out_of_the_results():
     given = ["--model", "/home/me/models", "--plan=/home/me/plan.yaml", "--url", "http://host/x"]
     assert without_folders(given) == ["--model", "models", "--plan=plan.yaml", "--url", "URL"]
     assert without_folders(["--rate", "1", "-o", "l.json"]) == ["--rate", "1", "-o", "l.json"]
+    assert without_folders(["-o/home/me/l.json", "--only", "a"]) == ["-ol.json", "--only", "a"]
+
+
+def test_prompts_are_kept_whatever_stands_in_them():
+    prompt = "a/b testing, 1/2 cat http://host/x"
+    for given in (["--prompt", prompt], [f"--prompt={prompt}"], ["--negative", prompt]):
+        assert without_folders(["--plan", "/tmp/plan", *given]) == ["--plan", "plan", *given]

@@ -247,15 +247,6 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert error.count("\n") == 1
 
 
-def test_a_results_file_that_cannot_be_written_is_a_failure_in_one_line(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    (tmp_path / "file").write_text("")
-    command = ["--model", str(folder / "model"), "--plan", str(folder / "plan.yaml")]
-    assert quality.main([*command, "-o", str(tmp_path / "file" / "r.json")]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 def test_thresholds_are_scaled_and_the_rest_of_the_plan_is_kept():
     scaled = with_easycache(0.5)(DEFAULT_PLAN)
     assert [stage.easycache and stage.easycache.threshold for stage in scaled.stages] == [

@@ -484,14 +484,6 @@ def test_nothing_to_write_is_bad_input(everything: list[Path]):
         main([str(everything[0])])
 
 
-def test_a_page_that_cannot_be_written_is_a_failure(
-    everything: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    (tmp_path / "file").write_text("")
-    assert main([str(everything[1]), "-o", str(tmp_path / "file" / "report.html")]) == 1
-    assert "cannot be written" in capsys.readouterr().err
-
-
 def test_empty_values_leave_dashes_rather_than_errors(tmp_path: Path):
     data = samples.compare(tmp_path, pictures=False)
     for side in data["sides"].values():
