@@ -14,7 +14,6 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from PIL import Image
 from bench.child import Child, free_port
 from bench.comfyui_server import NO_SERVER, Launch, link_models, names_of
 from bench.comfyui_times import Watch
+from bench.pictures import decode_picture
 from bench.servers import require_same_memory
-from bench.side import MissingRivalError, Request, Round, SideError
+from bench.side import MissingRivalError, OutsideSide, Request, Round, SideError
 from turbo.comfyui_client import ComfyUIClient
 from turbo.comfyui_http import ServerHttp, Unreachable
 from turbo.comfyui_workflow import (
@@ -57,7 +57,7 @@ END_SECONDS = 2.0
 _SKIPPED = re.compile(r"EasyCache - skipped (\d+)/\d+ steps")
 
 
-class ComfyUISide:
+class ComfyUISide(OutsideSide):
     """A ComfyUI server.
 
     Args:
@@ -76,8 +76,6 @@ class ComfyUISide:
         run_seconds: How long a picture may take.
     """
 
-    in_process = False
-
     def __init__(
         self,
         files: ModelFiles,
@@ -93,10 +91,7 @@ class ComfyUISide:
         start_seconds: float = 300.0,
         run_seconds: float = 3600.0,
     ) -> None:
-        self.name = name
-        self.approximate = approximate
-        self.best = best
-        self.part = ""
+        super().__init__(name, approximate=approximate, best=best)
         self.url = url
         self._files = files
         self._plan = plan.resolved()
@@ -151,14 +146,6 @@ class ComfyUISide:
             raise
         return took
 
-    def check(self) -> dict[str, Any]:
-        """Nothing can be told of it alone: its pictures are compared with the other sides'."""
-        return {"compared_with": "the other sides' pictures"}
-
-    def others(self) -> dict[str, dict[str, Any]]:
-        """Nothing besides its rounds."""
-        return {}
-
     def paint(self, request: Request) -> Round:
         """Make a picture.
 
@@ -181,7 +168,7 @@ class ComfyUISide:
             raise SideError(f"ComfyUI at {self.url} finished without a picture")
         return Round(
             seconds=watch.seconds(),
-            image=_open(pictures[wanted][0]),
+            image=decode_picture(pictures[wanted][0]),
             stage_images=self._stage_images(workflow, pictures),
             skips=self._skips(logged),
             spans=watch.events,
@@ -355,7 +342,7 @@ class ComfyUISide:
         last = picture_node(self._plan)
         prefixes = {n: workflow[n]["inputs"]["filename_prefix"] for n in pictures if n != last}
         names = {node: prefix.split("_", 3)[3] for node, prefix in prefixes.items()}
-        return {name: _open(pictures[node][0]) for node, name in names.items()}
+        return {name: decode_picture(pictures[node][0]) for node, name in names.items()}
 
     def _skips(self, logged: int) -> dict[str, tuple[int, int]]:
         """Network calls that EasyCache saved, from our server's log from a byte on."""
@@ -372,11 +359,6 @@ class ComfyUISide:
 def _calls(stage: Stage) -> int:
     sigmas = sampler_sigmas(stage.sampler, stage_sigmas(stage), stage.shift)
     return len(trace_sampler(stage.sampler, sigmas).evaluations)
-
-
-def _open(data: bytes) -> Image.Image:
-    with Image.open(BytesIO(data), formats=["PNG"]) as picture:
-        return picture.convert("RGB")
 
 
 def _lasting(words: Sequence[object]) -> list[str]:

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from PIL import Image
 
 from bench.results import ResultsFileError
 from bench.timing import percentile
+from turbo.messages import reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,10 +171,24 @@ def load_picture(results: Path, entry: Mapping[str, Any]) -> Image.Image:
 
 def _read_png(path: Path, results: Path, file: str) -> Image.Image:
     try:
+        return decode_picture(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ResultsFileError(
+            f"{results}: the picture {file!r} cannot be read: {reason(error)}"
+        ) from None
+
+
+def decode_picture(data: bytes, formats: Sequence[str] = ("PNG",)) -> Image.Image:
+    """The picture in a file's content, which may come from anyone; RGB.
+
+    Raises:
+        ValueError: It is no whole picture of these formats, or larger than Pillow allows.
+    """
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=["PNG"]) as image:
-                return image.convert("RGB")
+            with Image.open(BytesIO(data), formats=list(formats)) as picture:
+                return picture.convert("RGB")
     except (
         OSError,
         ValueError,
@@ -180,7 +196,7 @@ def _read_png(path: Path, results: Path, file: str) -> Image.Image:
         Image.DecompressionBombError,
         Image.DecompressionBombWarning,
     ) as error:
-        raise ResultsFileError(f"{results}: the picture {file!r} cannot be read: {error}") from None
+        raise ValueError(f"no whole {' or '.join(formats)} picture") from error
 
 
 def picture_sha256(image: Image.Image) -> str:

@@ -106,3 +106,37 @@ class Side(Protocol):
 
     def close(self) -> None:
         """Give back memory, child processes, ports. May be called twice and never fails."""
+
+
+class OutsideSide:
+    """What sides have in common that are not of this process and show nothing but their pictures.
+
+    Args:
+        name: Its name in the comparison.
+        approximate: Whether its settings change the picture by more than rounding.
+        best: Whether its settings make it its fastest.
+    """
+
+    in_process = False
+
+    def __init__(self, name: str, *, approximate: bool = False, best: bool = False) -> None:
+        self.name = name
+        self.approximate = approximate
+        self.best = best
+        self.part = ""
+
+    def check(self) -> dict[str, Any]:
+        """Nothing can be told of it alone: its pictures are compared with the other sides'."""
+        return {"compared_with": "the other sides' pictures"}
+
+    def others(self) -> dict[str, dict[str, Any]]:
+        """Nothing besides its rounds."""
+        return {}
+
+    def processes(self) -> tuple[int, ...]:
+        """Not known."""
+        return ()
+
+    def device_memory_gib(self) -> dict[str, float] | None:
+        """Not known."""
+        return None

@@ -124,11 +124,11 @@ def test_settings_name_the_model_without_its_folder(server):
     [
         (400, b'{"error": {"message": "size is\\nwrong"}}', "status 400: size is wrong"),
         (422, b'{"detail": "no such model"}', "status 422: no such model"),
-        (500, b"<html>", "status 500: no reason given"),
-        (200, b"<html>", "no picture as b64_json"),
-        (200, b'{"data": [{"url": "http://elsewhere/1.png"}]}', "no picture as b64_json"),
-        (200, answer_with(b"no picture"), "no whole PNG picture"),
-        (200, answer_with(png(64, 64)), "64x64 pixels where 672x864"),
+        (500, b"<html>", "status 500"),
+        (200, b"<html>", "the answer is no JSON object"),
+        (200, b'{"data": [{"url": "http://elsewhere/1.png"}]}', "no data[0].b64_json"),
+        (200, answer_with(b"no picture"), "picture cannot be decoded"),
+        (200, answer_with(png(64, 64)), "a picture of 64x64 came, asked for was 672x864"),
     ],
 )
 def test_an_answer_that_is_no_picture_is_one_line(server, status, body, message):
