@@ -9,6 +9,7 @@ import signal
 import socket
 import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -31,7 +32,7 @@ from bench.arrivals import (
     poisson_arrivals,
     send_all,
 )
-from bench.load_targets import prompt_of
+from bench.load_targets import ServerTarget, prompt_of
 from bench.reporting.files import ResultsFile
 from bench.reporting.page import make_page
 from bench.results import read_results
@@ -312,17 +313,34 @@ def test_a_truncated_picture_is_an_error(server, tmp_path):
     assert data["errors"] == {"the answer's picture cannot be decoded": 1}
 
 
-def test_a_hanging_server_is_given_up_and_later_requests_are_sent(server, tmp_path):
+def test_a_hanging_server_is_given_up_and_the_other_requests_are_answered(server):
     def answer(body, number):
-        if number == 2:
+        if body["seed"] == 2:
             server.released.wait()
         return painted(body)
 
+    class Leaping(Clock):
+        """Ahead by an hour once all requests but the one are over."""
+
+        def now(self) -> float:
+            is_time = all(record.is_over for record in records if record.number != 2)
+            return super().now() + 3600 * is_time
+
     server.answer = answer
-    code, data = run(server, tmp_path / "load.json", "--timeout", "0.5")
-    assert code == 0
-    assert data["errors"] == {"nothing within 0.5 s": 1}
-    assert data["completed"] == len(data["requests"]) - 1
+    clock, records = Leaping(), [Record(number, 0.0) for number in range(6)]
+    target = ServerTarget(server.url, (16, 32), clock, seed=0, timeout_s=600)
+    send_all(records, target, clock, timeout_s=600)
+    assert [record.number for record in records if record.is_good] == [0, 1, 3, 4, 5]
+    assert records[2].error == "nothing within 600 s"
+
+
+def test_an_answer_that_does_not_come_is_not_waited_for(server):
+    server.answer = lambda body, number: server.released.wait() and None
+    record = Record(0, 0.0)
+    ServerTarget(server.url, (16, 32), Clock(), seed=0, timeout_s=0.05).submit(record)
+    while not record.is_over:
+        time.sleep(0.01)
+    assert record.error == "nothing within 0.05 s"
 
 
 def test_a_server_that_dies_leaves_the_numbers_from_before(tmp_path):
