@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.arguments import Parser
 from bench.endings import OK, exit_code, require_writable
-from bench.reporting.files import ResultsFile, Side
+from bench.reporting.files import MeasuredSide, ResultsFile
 from bench.reporting.markup import plain
 from bench.results import ResultsFileError
 from turbo.whole_file import write_whole
@@ -72,7 +72,7 @@ def github_action(file: ResultsFile) -> Iterator[dict[str, Any]]:
         yield from _memory(file, side)
 
 
-def _times(file: ResultsFile, side: Side) -> Iterator[dict[str, Any]]:
+def _times(file: ResultsFile, side: MeasuredSide) -> Iterator[dict[str, Any]]:
     for part, summary in side.times.items():
         if "median_ms" in summary:
             low, high = f"{summary['p20_ms']:.6g}", f"{summary['p80_ms']:.6g}"
@@ -83,7 +83,7 @@ def _times(file: ResultsFile, side: Side) -> Iterator[dict[str, Any]]:
             }
 
 
-def _memory(file: ResultsFile, side: Side) -> Iterator[dict[str, Any]]:
+def _memory(file: ResultsFile, side: MeasuredSide) -> Iterator[dict[str, Any]]:
     for name, gib in _peaks_gib(side.entry("memory")):
         yield _entry(file, side, name, "GiB", gib) | {"extra": _extra(file, side)}
 
@@ -98,11 +98,13 @@ def _peaks_gib(memory: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
                 yield f"{stage}, device memory {kind}", gib
 
 
-def _entry(file: ResultsFile, side: Side, name: str, unit: str, value: float) -> dict[str, Any]:
+def _entry(
+    file: ResultsFile, side: MeasuredSide, name: str, unit: str, value: float
+) -> dict[str, Any]:
     return {"name": f"{side.name} / {name} [{identity(file, side)}]", "unit": unit, "value": value}
 
 
-def identity(file: ResultsFile, side: Side) -> str:
+def identity(file: ResultsFile, side: MeasuredSide) -> str:
     """What two figures share only if they may be compared, for a reader and then as a key."""
     key = hashlib.sha256(f"{file.what}\n{side.setting}".encode()).hexdigest()[:8]
     threads = f"{file.machine.get('threads')} threads"
@@ -129,7 +131,7 @@ def _switched_on(settings: Mapping[str, Any]) -> Iterator[str]:
             yield switch if value is True else f"{switch} {plain(value)}"
 
 
-def _extra(file: ResultsFile, side: Side) -> str:
+def _extra(file: ResultsFile, side: MeasuredSide) -> str:
     """What a reader of the action's chart sees beside a point."""
     machine = file.machine
     kind = "approximate" if side.approximate else "exact"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 from bench.results import ResultsFileError
 from bench.timing import percentile
@@ -84,6 +84,31 @@ def _flip(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
 
 def _size(picture: Image.Image) -> str:
     return f"{picture.width} x {picture.height}"
+
+
+GAIN = 8
+"""Shown differences are that many times as large: most would be black otherwise."""
+
+
+def shown(picture: Image.Image, width: int) -> Image.Image:
+    """A picture, RGB, so many pixels wide."""
+    return picture.convert("RGB").resize(_size_shown(picture, width), Image.Resampling.LANCZOS)
+
+
+def shown_difference(ours: Image.Image, theirs: Image.Image, width: int) -> Image.Image:
+    """Absolute difference, averaged over what becomes one pixel, times `GAIN`; as wide as asked.
+
+    Args:
+        ours, theirs: Of one size.
+        width: In pixels.
+    """
+    difference = ImageChops.difference(ours.convert("RGB"), theirs.convert("RGB"))
+    small = difference.resize(_size_shown(ours, width), Image.Resampling.BOX)
+    return small.point(lambda value: min(255, value * GAIN))
+
+
+def _size_shown(picture: Image.Image, width: int) -> tuple[int, int]:
+    return width, max(1, round(picture.height * width / picture.width))
 
 
 def compare_latents(ours: Tensor, theirs: Tensor) -> float:

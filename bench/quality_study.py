@@ -13,8 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench.picture_grid import Cell, Row, shown, shown_difference
-from bench.pictures import compare_latents, compare_pictures, save_picture, summary_of_values
+from bench.picture_grid import WIDTH, Cell, Row
+from bench.pictures import (
+    compare_latents,
+    compare_pictures,
+    save_picture,
+    shown,
+    shown_difference,
+    summary_of_values,
+)
 from bench.results import Found, Results
 from bench.side import SideError
 from bench.timing import Span, ratio, synchronise
@@ -398,7 +405,7 @@ class Study:
     ) -> Row:
         last = self._plan.stages[-1].name
         reference = exact.pictures[last]
-        cells = [Cell(shown(reference))]
+        cells = [Cell(shown(reference, WIDTH))]
         for name in self._found:
             if "withheld" in self._found[name]:
                 cells.append(Cell(None, note=f"withheld: {self._found[name]['withheld']}"))
@@ -412,7 +419,7 @@ class Study:
 def _cell(picture: Image.Image, reference: Image.Image, distances: Found) -> Cell:
     psnr = "identical" if distances["identical"] else f"{distances['psnr_db']:.1f} dB"
     note = f"{psnr}, SSIM {distances['ssim']:.3f}"
-    return Cell(shown(picture), shown_difference(picture, reference), note)
+    return Cell(shown(picture, WIDTH), shown_difference(picture, reference, WIDTH), note)
 
 
 def _shares(ours: Found, other: Found) -> dict[str, float | None]:

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bench import quality
-from bench.picture_grid import WIDTH, Cell, Row, draw_grid, shown, shown_difference
-from bench.pictures import compare_pictures, load_picture
+from bench.picture_grid import WIDTH, Cell, Row, draw_grid
+from bench.pictures import compare_pictures, load_picture, shown, shown_difference
 from bench.quality import choose_options, read_prompts, table, title
 from bench.quality_study import OPTIONS, Study, _shares, with_easycache, without_easycache
 from bench.results import read_results
@@ -295,14 +295,14 @@ def test_a_distance_is_a_share_of_another_seeds():
     assert _shares(other, other) == {"rmse": 1.0, "ssim": 1.0, "latent_l2": 1.0}
 
 
-def test_a_shown_difference_is_the_mean_difference_four_times_as_large():
+def test_a_shown_difference_is_the_mean_difference_eight_times_as_large():
     size = (2 * WIDTH, 2 * WIDTH)
     ours, theirs = (Image.new("RGB", size, (value, 100, 0)) for value in (110, 100))
-    assert shown_difference(ours, theirs).getcolors() == [(WIDTH * WIDTH, (40, 0, 0))]
+    assert shown_difference(ours, theirs, WIDTH).getcolors() == [(WIDTH * WIDTH, (80, 0, 0))]
 
 
 def test_the_grid_shows_a_reason_where_there_is_no_picture():
-    picture = shown(Image.new("RGB", (48, 64), (200, 0, 0)))
+    picture = shown(Image.new("RGB", (48, 64), (200, 0, 0)), WIDTH)
     row = Row("a prompt", [Cell(picture), Cell(None, note="withheld: not finite")])
     grid = draw_grid("title", ["exact", "float16"], [row])
     colours = {colour for _, colour in grid.getcolors(1 << 20) or []}
