@@ -1,7 +1,8 @@
 """``python -m bench quality``: each option that changes the picture against the exact run.
 
-The exact run is the plan without EasyCache in plain PyTorch. With each prompt it is made before and
-after the options, and no figure of that prompt is kept unless both are the same bit for bit. The
+The exact run is the plan without EasyCache in plain PyTorch. It is made beside the options with
+each prompt, and no figure is kept unless it gives the same picture bit for bit each time. Options
+that need an engine of their own follow one after the other: two models are in memory at most. The
 yardstick is the picture of another seed, seed + 1: "of another seed" is 0 for the exact picture and
 100 % for one that lies as far from it as the other seed's.
 """
@@ -32,7 +33,7 @@ from bench.quality_study import (
 from bench.results import FORMAT, Found, Results, describe_error
 from turbo.engine import Engine, pick_device, pick_dtype
 from turbo.errors import BadInputError
-from turbo.messages import one_line, reason
+from turbo.messages import reason
 from turbo.noise import check_seed
 from turbo.plan import DEFAULT_PLAN, ModelSettings, Plan, load_plan, plan_to_dict
 
@@ -238,7 +239,7 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     results.write()
     folder = None if path is None else path.with_name(f"{path.stem}-pictures")
     study = Study(plan, chosen, prompts, seed, exact, make_engine, results, folder)
-    code = _measure(study, prompts, results, options.grid)
+    code = _measure(study, results, options.grid)
     print(title(results.data))
     for line in table(results.data):
         print(line)
@@ -256,12 +257,10 @@ def _describe_model(given: str | None, engine: Engine) -> Found:
     return describe_model(engine.models, "built-in" if built_in else name) | {"built_in": built_in}
 
 
-def _measure(study: Study, prompts: Sequence[str], results: Results, grid: Path | None) -> int:
+def _measure(study: Study, results: Results, grid: Path | None) -> int:
     data = results.data
     try:
-        for number, prompt in enumerate(prompts):
-            print(f"--- prompt {number + 1} of {len(prompts)}: {one_line(prompt)}", flush=True)
-            study.run(number)
+        for _ in study.run():
             if grid is not None:
                 draw_grid(title(data), study.columns, study.rows).save(grid)
     except BaseException as error:  # Ctrl-C too: what was found is kept

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +81,7 @@ def test_the_same_command_gives_the_same_figures(folder: Path, results: dict[str
 
 def test_a_run_to_the_end_is_whole_and_says_what_it_was(results: dict[str, Any]):
     assert results["partial"] is False
-    assert results["exact"]["check"] == {"repeated": 2, "identical": 2}
+    assert results["exact"]["check"] == {"repeated": 4, "identical": 4}
     assert results["configuration"]["model"]["name"] == "model"
     assert results["configuration"]["dtype"] == "float32"
     assert "/" not in "".join(results["command"])
@@ -192,15 +195,31 @@ def test_nothing_is_measured_by_an_exact_run_that_is_not_repeatable(
     assert data["partial"] is True
 
 
+def test_two_models_are_in_memory_at_most(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    load, loaded, alive = Engine.from_pretrained, weakref.WeakSet[Any](), []
+
+    def counted(*inputs: Any, **options: Any) -> Engine:
+        gc.collect()
+        alive.append(len(loaded))
+        engine = load(*inputs, **options)
+        loaded.add(engine.models.transformer)
+        return engine
+
+    monkeypatch.setattr(Engine, "from_pretrained", counted)
+    run(folder, tmp_path / "r.json", "--prompts", "1", "--options", "float16,bfloat16")
+    assert alive == [0, 1, 1]  # beside the one being loaded
+
+
 def test_an_interrupted_run_keeps_the_prompts_that_were_done(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     whole = Study.run
 
-    def stop_at_the_second(study: Study, number: int) -> None:
-        if number == 1:
-            raise KeyboardInterrupt
-        whole(study, number)
+    def stop_at_the_second(study: Study) -> Iterator[None]:
+        yield next(whole(study))
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(Study, "run", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
