@@ -207,7 +207,8 @@ def test_a_run_holds_machine_versions_and_extra_information(project: Project):
     assert data["machine_info"]["torch"] == describe_machine()["torch"]
     assert "node" not in data["machine_info"]
     planted = data["benchmarks"][1]
-    assert planted["extra_info"] == {"stage1": 0.25, "verdict": "first", "others_share": 0.0}
+    assert {"stage1": 0.25, "verdict": "first"}.items() < planted["extra_info"].items()
+    assert 0 <= planted["extra_info"]["others_share"] <= 1
     assert planted["stats"]["data"] == [1.0] * 5
 
 
