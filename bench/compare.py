@@ -131,6 +131,10 @@ def _sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
 def _diffusers_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
     from bench.diffusers_side import DiffusersSide
 
+    if subject.models.transformer.quantize is not None:
+        raise BadInputError(
+            "diffusers runs here on turbo's own weights, which are in 8 bits; give --quantize none"
+        )
     exact = subject.without_easycache()
     sides = [*_turbo_sides(subject, exact)]
     sides += [
@@ -221,6 +225,7 @@ def cold_start(options: argparse.Namespace) -> dict[str, float]:
             sys.executable, "-m", "turbo", "generate", options.prompt, "--quiet",
             "--negative", options.negative, "--seed", str(options.seed),
             "--device", options.device, "--dtype", options.dtype,
+            "--quantize", options.quantize,
             "-o", Path(folder, "picture.png"),
         ]  # fmt: skip
         for flag in ("model", "tokenizer", "plan"):

@@ -6,8 +6,10 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from turbo.checkpoint import native_weights
 from turbo.components import Components
 from turbo.pipeline import Models
+from turbo.quantize import QuantizedRows
 
 SAMPLED_VALUES = 1024
 """Of a tensor, that go into a fingerprint."""
@@ -32,7 +34,8 @@ def fingerprint(models: Models) -> str:
     """
     digest = hashlib.sha256()
     for component, module in _modules(models).items():
-        for name, tensor in sorted(module.native_tensors().items()):
+        for name, weight in sorted(native_weights(module).items()):
+            tensor = weight.dequantize() if isinstance(weight, QuantizedRows) else weight
             step = max(1, tensor.numel() // SAMPLED_VALUES)
             values = tensor.detach().reshape(-1)[::step].float().cpu().numpy().tobytes()
             shape = "x".join(map(str, tensor.shape))

@@ -20,7 +20,7 @@ from bench.turbo_side import LoadedModel
 from turbo.engine import pick_device, pick_dtype
 from turbo.model_files import ModelFiles
 from turbo.pipeline import Models
-from turbo.plan import DEFAULT_PLAN, ModelSettings, Plan, load_plan, plan_to_dict
+from turbo.plan import DEFAULT_PLAN, QUANTIZE, ModelSettings, Plan, load_plan, plan_to_dict
 from turbo.precision import arithmetic_dtype
 from turbo.transformer import padded_length
 
@@ -36,6 +36,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--plan", metavar="FILE.yaml", help="default: the three-stage workflow")
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     group.add_argument("--dtype", default="auto", help="default: bfloat16 on CUDA, else float32")
+    group.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        default="auto",
+        help="the network in 8 bits; auto (default): as its file has it",
+    )
     group.add_argument(
         "--threads", type=whole(1, 4096), help="CPU threads (default: PyTorch's choice)"
     )
@@ -87,6 +93,7 @@ class Subject:
             tokenizer=options.tokenizer,
             device=device,
             dtype=pick_dtype(options.dtype, device),
+            quantize=None if options.quantize == "auto" else options.quantize,
             plan=plan,
         )
         return cls(options=options, loaded=loaded, plan=plan)
@@ -135,8 +142,11 @@ class Subject:
 
     @property
     def strict(self) -> bool:
-        """Whether two exact sides must agree to rounding: they must where all is float32."""
-        return self.models.dtype == torch.float32
+        """Whether two exact sides must agree to rounding: they must where all is float32.
+
+        Not where a value near the middle of two 8-bit ones may become either.
+        """
+        return self.models.dtype == torch.float32 and self.models.transformer.quantize is None
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -163,6 +173,7 @@ class Subject:
             "negative_prompt": options.negative,
             "seed": options.seed,
             "dtype": str(models.dtype).removeprefix("torch."),
+            "quantize": models.transformer.quantize,
             "device": models.device.type,
             "warm_up_rounds": 1,
         }
@@ -179,13 +190,13 @@ def run_command(
         As `exit_code`; 1 also if one side of several failed.
     """
 
-    def whole() -> int:
+    def work_and_report() -> int:
         require_writable(options.output)
         results = work()
         report(results)
         return FAILED if results.data["partial"] else OK
 
-    return exit_code(whole)
+    return exit_code(work_and_report)
 
 
 def _model_name(given: str | None, files: ModelFiles) -> str:

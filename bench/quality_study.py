@@ -93,6 +93,13 @@ OPTIONS = (
     Option(name="easycache x2", switch="thresholds x 2", plan=with_easycache(2)),
     Option(name="bfloat16", switch="--dtype bfloat16", engine={"dtype": "bfloat16"}),
     Option(name="float16", switch="--dtype float16", engine={"dtype": "float16"}),
+    Option(name="fp8", switch="--quantize fp8", engine={"quantize": "fp8"}),
+    Option(name="int8", switch="--quantize int8", engine={"quantize": "int8"}),
+    Option(
+        name="int8-weight-only",
+        switch="--quantize int8-weight-only",
+        engine={"quantize": "int8-weight-only"},
+    ),
     Option(
         name="compile",
         switch="--compile on",
@@ -153,6 +160,7 @@ class Painter:
         return {
             "dtype": dtype_name(models.dtype),
             "arithmetic": dtype_name(arithmetic),
+            "quantize": models.transformer.quantize,
             **{name: speed_ups[name] for name in EXACT},
         }
 

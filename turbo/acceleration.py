@@ -503,6 +503,7 @@ def open_cache(
         "dtypes": [str(next(module.parameters()).dtype) for module in modules],
         "compute": [str(models.transformer.compute_dtype), str(models.text_encoder.compute_dtype)],
         "stages": [list(size) for size in sizes],
+        "quantize": models.transformer.quantize,
         "capture": speed_ups.capture,
     }
     return CompileCache(folder, facts=facts, version=__version__, device=models.device)

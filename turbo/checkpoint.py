@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,6 +45,7 @@ from turbo.names import (
     native_places,
     select_names,
 )
+from turbo.quantize import METADATA_KEY, QUANTIZATIONS, QuantizedRows
 from turbo.scales import find_scales
 
 _MAPPED_BYTES = 16 << 20
@@ -52,6 +53,16 @@ _CHUNK_BYTES = 8 << 20
 _LARGEST_JSON = 64 << 20
 
 _READABLE_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_INTEGERS = {"I8": 1}
+"""Read where there is a scale."""
+_STORED_AS = {"fp8": "F8_E4M3", "int8": "I8", "int8-weight-only": "I8"}
+"""Quantisation -> dtype in files whose values it takes as they are."""
 _FLOAT32_BYTES = 4
 
 
@@ -76,6 +87,14 @@ class WeightHolder(Protocol):
         """Native names that a complete file holds and the module never reads."""
 
 
+@runtime_checkable
+class QuantizedHolder(WeightHolder, Protocol):
+    """A module some of whose weights may be quantised."""
+
+    def quantized_rows(self) -> Mapping[str, QuantizedRows]:
+        """Views into the module's storage by native name; none of these is a native tensor."""
+
+
 class Checkpoint:
     """One component's tensors under native names, whatever file layout they come from.
 
@@ -91,6 +110,8 @@ class Checkpoint:
     """``config.json`` of a diffusers folder, or as much as a GGUF text encoder says, else empty."""
     shapes: dict[str, tuple[int, ...]]
     """Native name -> shape of everything the files hold for this component."""
+    quantization: str | None
+    """As what `turbo quantize` wrote the files, one of `QUANTIZATIONS`; None: it did not."""
 
     def __init__(
         self,
@@ -114,6 +135,7 @@ class Checkpoint:
         self.shapes = {
             name: self._native_shape(name, sources) for name, sources in self._sources.items()
         }
+        self.quantization = _quantization_of(headers[0]) if component == NETWORK else None
         self._reader: _Reader | None = None
 
     def copy_into(self, name: str, out: Tensor) -> None:
@@ -138,6 +160,29 @@ class Checkpoint:
             target = out.narrow(0, row, rows) if source.entry.shape else out
             self._copy_source(source, target)
             row += rows
+
+    def quantize_into(self, name: str, out: QuantizedRows) -> None:
+        """Copy one matrix into 8 bits: as it stands where the file has it so, else quantised.
+
+        Args:
+            name: Native name, a key of `shapes`.
+            out: Of that shape; written in place.
+
+        Raises:
+            CheckpointError: The file holds no such tensor, or has changed or become unreadable.
+        """
+        row = 0
+        for source in self._sources[name]:
+            rows = source.entry.shape[0]
+            self._quantize_source(source, out.narrow(0, row, rows))
+            row += rows
+
+    def float_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor in the files; bfloat16 for what is quantised there."""
+        sources = self._sources[name]
+        dtypes = {_FLOATS.get(source.entry.dtype) for source in sources if source.scale is None}
+        found = dtypes.pop() if len(dtypes) == 1 else None
+        return torch.bfloat16 if found is None else found
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file's size or time of change is not as at opening."""
@@ -177,12 +222,33 @@ class Checkpoint:
     def _copy_source(self, source: _Source, target: Tensor) -> None:
         scale = None if source.scale is None else self._read_scale(source.scale)
         for start, stop in _row_chunks(source):
-            values = self._read(source, start, stop)
             run = target.narrow(0, start, stop - start) if source.entry.shape else target
-            if scale is not None:
-                factor = scale if len(scale) == 1 else scale[start:stop]
-                values = values.float().reshape(stop - start, -1) * factor
-            run.copy_(values.reshape(run.shape))
+            self._copy_rows(source, scale, start, stop, run)
+
+    def _copy_rows(
+        self, source: _Source, scale: Tensor | None, start: int, stop: int, run: Tensor
+    ) -> None:
+        values = self._read(source, start, stop)
+        if scale is not None:
+            factor = scale if len(scale) == 1 else scale[start:stop]
+            values = values.float().reshape(stop - start, -1) * factor
+        run.copy_(values.reshape(run.shape))
+
+    @torch.no_grad()
+    def _quantize_source(self, source: _Source, target: QuantizedRows) -> None:
+        scale = None if source.scale is None else self._read_scale(source.scale)
+        is_stored = source.entry.dtype == _STORED_AS[target.kind]
+        if is_stored:
+            factor = torch.ones(1, 1) if scale is None else scale
+            target.scales.copy_(factor.expand(target.scales.shape))
+        for start, stop in _row_chunks(source):
+            run = target.narrow(0, start, stop - start)
+            if is_stored:
+                run.values.copy_(self._read(source, start, stop).reshape(run.shape))
+            else:
+                wide = torch.empty(run.shape)
+                self._copy_rows(source, scale, start, stop, wide)
+                run.quantize(wide)
 
     def _read_scale(self, source: _Source) -> Tensor:
         """A weight's scale as a float32 column, of one row or as many as the weight has."""
@@ -346,12 +412,26 @@ def load_weights(
     """
     check_fit(module, checkpoint)
     checkpoint.check_unchanged()
-    tensors = module.native_tensors()
-    for done, name in enumerate(checkpoint.reading_order(tensors), start=1):
-        checkpoint.copy_into(name, tensors[name])
+    weights = native_weights(module)
+    for done, name in enumerate(checkpoint.reading_order(weights), start=1):
+        load_weight(checkpoint, name, weights[name])
         if on_progress is not None:
-            on_progress(done, len(tensors))
+            on_progress(done, len(weights))
     checkpoint.release()
+
+
+def native_weights(module: WeightHolder) -> dict[str, Tensor | QuantizedRows]:
+    """All of a module's weights by native name, those of 8 bits among them."""
+    quantized = module.quantized_rows() if isinstance(module, QuantizedHolder) else {}
+    return {**module.native_tensors(), **quantized}
+
+
+def load_weight(checkpoint: Checkpoint, name: str, out: Tensor | QuantizedRows) -> None:
+    """Copy one weight into a module's storage; see `Checkpoint.copy_into` and `quantize_into`."""
+    if isinstance(out, QuantizedRows):
+        checkpoint.quantize_into(name, out)
+    else:
+        checkpoint.copy_into(name, out)
 
 
 def check_fit(module: WeightHolder, checkpoint: Checkpoint) -> None:
@@ -360,7 +440,7 @@ def check_fit(module: WeightHolder, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: Tensors are missing, left over or of another shape; names the first few.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.native_tensors().items()}
+    wanted = {name: tuple(weight.shape) for name, weight in native_weights(module).items()}
     misfit = describe_misfit(wanted, checkpoint.shapes, module.ignored_keys(checkpoint.shapes))
     if misfit:
         word = COMPONENT_WORDS[checkpoint.component]
@@ -460,12 +540,23 @@ def _refuse_gaps(path: Path, names: Iterable[str]) -> None:
             )
 
 
+def _quantization_of(header: Header) -> str | None:
+    kind = header.metadata.get(METADATA_KEY)
+    if kind is not None and kind not in QUANTIZATIONS:
+        raise CheckpointError(
+            f"{header.path}: was quantised as {shorten(repr(kind))}, known are "
+            f"{', '.join(QUANTIZATIONS)}; it is of a newer version"
+        )
+    return kind
+
+
 def _readable(header: Header, key: str) -> TensorEntry:
     entry = header.tensors[key]
     if header.format == gguf_file.FORMAT:
         is_readable, allowed = gguf_file.is_readable(entry.dtype), "floats and their quantisations"
-    else:
-        is_readable, allowed = entry.dtype in _READABLE_DTYPES, ", ".join(_READABLE_DTYPES)
+    else:  # integers without a scale were refused with the scales
+        readable = {**_READABLE_DTYPES, **_INTEGERS}
+        is_readable, allowed = entry.dtype in readable, ", ".join(_READABLE_DTYPES)
     if not is_readable:
         raise CheckpointError(
             f"{header.path}: {shorten(key)} has dtype {entry.dtype}, which is not read; allowed "

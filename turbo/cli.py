@@ -24,6 +24,7 @@ IMAGES_LIMIT = 1000
 STEPS_LIMIT = 1000
 SWITCH = ("auto", "on", "off")
 CAPTURES = ("auto", "cuda-graph", "replay", "eager")
+QUANTIZE = ("auto", "none", "fp8", "int8", "int8-weight-only")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_info(commands)
     _add_plan(commands)
+    _add_quantize(commands)
     _add_cache(commands)
     return parser
 
@@ -155,6 +157,25 @@ def _add_plan(commands: Any) -> None:
     parser = _add_command(commands, "plan", "print the resolved plan as YAML")
     _add_plan_options(parser)
     parser.add_argument("-o", "--output", metavar="FILE.yaml", help="write it to a new file")
+
+
+def _add_quantize(commands: Any) -> None:
+    parser = _add_command(commands, "quantize", "write a model with its network in 8 bits")
+    parser.add_argument(
+        "model", metavar="MODEL", help="ComfyUI's models folder, a diffusers folder or a checkpoint"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=_folder, required=True, help="a new folder"
+    )
+    parser.add_argument(
+        "--quantize",
+        metavar="|".join(QUANTIZE[2:]),
+        choices=QUANTIZE[2:],
+        required=True,
+        help="fp8 for Ada, Hopper and newer, int8 for Ampere, int8-weight-only for any",
+    )
+    _add_file_options(parser)
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 def _add_cache(commands: Any) -> None:
@@ -200,16 +221,26 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="ComfyUI's models folder, a diffusers folder or a checkpoint; default: TURBO_MODEL",
     )
-    model.add_argument("--diffusion-model", metavar="FILE", help="the network's file")
-    model.add_argument("--text-encoder", metavar="FILE", help="the text encoder's file")
-    model.add_argument("--vae", metavar="FILE", help="the autoencoder's file")
-    model.add_argument("--tokenizer", metavar="FILE", help="tokenizer folder or tokenizer.json")
+    _add_file_options(model)
     model.add_argument(
         "--device", metavar="D", type=_device, help="auto (default), cpu, cuda or cuda:N"
     )
     model.add_argument(
         "--dtype", metavar="T", type=_dtype, help="auto (default), float32, bfloat16 or float16"
     )
+    model.add_argument(
+        "--quantize",
+        metavar="|".join(QUANTIZE),
+        choices=QUANTIZE,
+        help="keep the network in 8 bits; auto (default): as its file has it",
+    )
+
+
+def _add_file_options(parser: Any) -> None:
+    parser.add_argument("--diffusion-model", metavar="FILE", help="the network's file")
+    parser.add_argument("--text-encoder", metavar="FILE", help="the text encoder's file")
+    parser.add_argument("--vae", metavar="FILE", help="the autoencoder's file")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer folder or tokenizer.json")
 
 
 def _add_lora_options(parser: argparse.ArgumentParser) -> None:

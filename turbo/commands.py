@@ -64,6 +64,7 @@ def with_model(plan: Plan, args: Namespace) -> Plan:
         "tokenizer_path": args.tokenizer,
         "torch_dtype": args.dtype,
         "device": args.device,
+        "quantize": args.quantize,
     }
     given = {name: value for name, value in flags.items() if value is not None}
     model = replace(plan.model, **given)
@@ -183,6 +184,31 @@ def _model_lines(model: dict[str, Any] | None) -> Iterator[str]:
             yield f"  {component}: {', '.join(part['files'])} ({_size(part['file_bytes'])})"
         yield f"  tokenizer: {model['tokenizer'] or 'not found'}"
         yield f"  loras: {', '.join(model['loras']) or 'none'}"
+
+
+# turbo quantize
+
+
+def quantize(args: Namespace) -> None:
+    """``turbo quantize``: write a model with its network in 8 bits."""
+    from turbo.model_files import find_model_files
+    from turbo.progress import ProgressBar
+    from turbo.quantized_files import write_quantized
+
+    out = Path(os.path.expanduser(args.output))
+    require_writable_folder(out.absolute().parent)
+    files = find_model_files(
+        _expand(args.model),
+        diffusion_model=_expand(args.diffusion_model),
+        text_encoder=_expand(args.text_encoder),
+        vae=_expand(args.vae),
+        tokenizer=_expand(args.tokenizer),
+    )
+    labels = {"network": "quantize network", "text_encoder": "copy text encoder"}
+    with ProgressBar(sys.stderr, labels, quiet=args.quiet) as progress:
+        write_quantized(files, out, args.quantize, progress)
+    if not args.quiet:
+        print(one_line(f"wrote {out}; turbo generate --model {out} uses it", limit=None))
 
 
 # turbo cache; PyTorch is not imported
@@ -330,7 +356,8 @@ def generate(args: Namespace) -> None:
 
 
 def _precision(plan: Plan) -> dict[str, str]:
-    return {"torch_dtype": plan.model.torch_dtype, "device": plan.model.device}
+    names = ("torch_dtype", "device", "quantize")
+    return {name: getattr(plan.model, name) for name in names}
 
 
 def _speed_ups(args: Namespace) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Components:
         checkpoints: Mapping[str, Checkpoint],
         device: torch.device | str,
         dtypes: Mapping[str, torch.dtype],
+        quantize: str | None = None,
     ) -> Components:
         """Make the modules without reading a weight: their values are uninitialised.
 
@@ -38,6 +39,8 @@ class Components:
             checkpoints: Component -> its opened files; all three.
             device: Where the weights are to be; on "meta" they take no memory.
             dtypes: Component -> dtype of its weights.
+            quantize: How the network's large matrices are kept, one of
+                `turbo.quantize.QUANTIZATIONS`; None: in its dtype.
 
         Raises:
             CheckpointError: No module has such shapes.
@@ -48,14 +51,17 @@ class Components:
         text_encoder = TextEncoderConfig.from_shapes(shapes[TEXT_ENCODER])
         autoencoder = AutoencoderConfig.from_shapes(shapes[AUTOENCODER], norm_num_groups=groups)
         return cls(
-            network=Transformer(network, device, dtypes[NETWORK]),
+            network=Transformer(network, device, dtypes[NETWORK], quantize=quantize),
             text_encoder=TextEncoder(text_encoder, device, dtypes[TEXT_ENCODER]),
             autoencoder=Autoencoder(autoencoder, device, dtypes[AUTOENCODER]),
         )
 
     @classmethod
     def outline(
-        cls, checkpoints: Mapping[str, Checkpoint], dtypes: Mapping[str, torch.dtype]
+        cls,
+        checkpoints: Mapping[str, Checkpoint],
+        dtypes: Mapping[str, torch.dtype],
+        quantize: str | None = None,
     ) -> Components:
         """Make the modules on the meta device, sure that the files hold what they need.
 
@@ -63,7 +69,7 @@ class Components:
             CheckpointError: Tensors are missing, left over or of another shape.
         """
         try:
-            outline = cls.build(checkpoints, "meta", dtypes)
+            outline = cls.build(checkpoints, "meta", dtypes, quantize)
         except RuntimeError as error:  # nothing is allocated, so it is a size beyond 64 bits
             raise CheckpointError(
                 f"the model's files hold shapes that no module can have: {one_line(error)}"

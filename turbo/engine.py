@@ -10,7 +10,7 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from turbo.acceleration import (
     open_cache,
 )
 from turbo.cache_folder import default_cache_dir
-from turbo.checkpoint import load_weights
+from turbo.checkpoint import Checkpoint, load_weights
 from turbo.compile import CaptureReport
 from turbo.components import Components, component_dtypes
 from turbo.denoiser import Caption, is_unguided
@@ -40,6 +40,7 @@ from turbo.fusing import LoraChoice, LoraFuser
 from turbo.image_input import latent_of_image, require_picture
 from turbo.latent import STRIDE
 from turbo.model_files import ModelFiles, find_model_files
+from turbo.names import NETWORK
 from turbo.noise import MAX_SEED, check_seed
 from turbo.pipeline import (
     Drawing,
@@ -64,6 +65,7 @@ from turbo.plan import (
     plan_to_dict,
 )
 from turbo.precision import arithmetic_dtype
+from turbo.quantize import pick_quantization
 from turbo.tensor_cache import TensorCache
 from turbo.tokenizer import Tokenizer
 
@@ -218,6 +220,7 @@ class Engine:
         loras: Sequence[Any] = (),
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        quantize: str | None = None,
         plan: Plan | str | Path | None = None,
         strict_loras: bool = True,
         compile: bool | str = AUTO,
@@ -241,6 +244,9 @@ class Engine:
             device: "auto" (a CUDA device if there is one), "cpu", "cuda", "cuda:1"…
             dtype: "float32", "bfloat16", "float16" or "auto": bfloat16 on CUDA, float32 on a CPU.
                 With float16 the autoencoder works in float32, which float16 overflows.
+            quantize: Keep the network's large matrices in 8 bits: "fp8", "int8" or
+                "int8-weight-only"; "none" not to; None: as the plan says, and as a file that
+                `turbo quantize` wrote has them. LoRAs are fused before.
             plan: A plan or a plan file; None is the workflow's plan.
             strict_loras: Refuse a LoRA of which some keys fit nothing; one of which none fits
                 always is.
@@ -292,7 +298,12 @@ class Engine:
         words = Tokenizer.from_path(files.require_tokenizer())
         strength = plan.lora.default_strength
         choices = [LoraChoice.parse(item, files.loras_dir, strength) for item in loras]
-        models, fuser = _load(files, words, plan, device, dtype, on_progress, choices, strict_loras)
+        asked = settings.quantize if quantize is None else quantize
+        checkpoints = files.open()
+        kept = pick_quantization(asked, checkpoints[NETWORK].quantization, device)
+        models, fuser = _load(
+            checkpoints, words, plan, device, dtype, kept, on_progress, choices, strict_loras
+        )
         accelerator = _accelerate(models, speed_ups, plan, cache_dir)
         engine = cls(models, files, plan, fuser, strict_loras=strict_loras, accelerator=accelerator)
         if loras:
@@ -493,6 +504,7 @@ class Engine:
             },
             "device": self.models.device.type,
             "dtype": _name(self.models.dtype),
+            "quantize": self.models.transformer.quantize,
         }
         if image is not None:
             description |= {"first_stage": stages[0].name, "strength": stages[0].denoise}
@@ -757,19 +769,19 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _load(
-    files: ModelFiles,
+    checkpoints: Mapping[str, Checkpoint],
     tokenizer: Tokenizer,
     plan: Plan,
     device: torch.device,
     dtype: torch.dtype,
+    quantize: str | None,
     on_progress: OnProgress | None,
     loras: Sequence[LoraChoice],
     strict_loras: bool,
 ) -> tuple[Models, LoraFuser]:
-    checkpoints = files.open()
     dtypes = component_dtypes(dtype, device)
     # All is compared before anything is allocated: a foreign file may want terabytes.
-    outline = Components.outline(checkpoints, dtypes)
+    outline = Components.outline(checkpoints, dtypes, quantize)
     stride, vocabulary = outline.autoencoder.config.stride, outline.text_encoder.config.vocab_size
     if stride != STRIDE:
         raise BadInputError(
@@ -784,7 +796,7 @@ def _load(
         )
     LoraFuser(outline.by_name(), checkpoints).check(loras, strict=strict_loras)
     home = torch.device("cpu") if plan.performance.enable_model_cpu_offload else device
-    made = Components.build(checkpoints, home, dtypes)
+    made = Components.build(checkpoints, home, dtypes, quantize)
     made.network.compute_dtype = arithmetic_dtype(dtype, device)
     for component, module in made.by_name().items():
 

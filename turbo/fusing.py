@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbo.checkpoint import Checkpoint, WeightHolder
+from turbo.checkpoint import Checkpoint, WeightHolder, load_weight, native_weights
 from turbo.errors import LoraError
 from turbo.lora import Lora, Patch, apply_patches, match_lora, read_lora, require_match
 from turbo.model_files import resolve_lora
 from turbo.names import TEXT_ENCODER
+from turbo.quantize import QuantizedRows
 
 FILES_KEPT = 4
 MAX_STRENGTH = 1e6
@@ -185,10 +186,10 @@ class LoraFuser:
             names = [name for owner, name in targets if owner == component]
             if not names:
                 continue
-            checkpoint, tensors = self._checkpoints[component], module.native_tensors()
+            checkpoint, weights = self._checkpoints[component], native_weights(module)
             for name in checkpoint.reading_order(names):
                 wanted = patches.get((component, name), ())
-                _write_weight(checkpoint, name, tensors[name], wanted)
+                _write_weight(checkpoint, name, weights[name], wanted)
             checkpoint.release()
 
 
@@ -205,11 +206,18 @@ def _read_version(path: Path, stamp: tuple[int, int]) -> Lora:
 
 
 def _write_weight(
-    checkpoint: Checkpoint, name: str, weight: Tensor, patches: Sequence[tuple[Patch, float]]
+    checkpoint: Checkpoint,
+    name: str,
+    weight: Tensor | QuantizedRows,
+    patches: Sequence[tuple[Patch, float]],
 ) -> None:
     if not patches:
-        checkpoint.copy_into(name, weight)
-        return
-    base = torch.empty_like(weight)
-    checkpoint.copy_into(name, base)
-    weight.copy_(apply_patches(base.float(), patches))
+        load_weight(checkpoint, name, weight)
+    elif isinstance(weight, QuantizedRows):  # fused first: a patch changes a row's range
+        base = torch.empty(weight.shape, device=weight.device)
+        checkpoint.copy_into(name, base)
+        weight.quantize(apply_patches(base, patches))
+    else:
+        base = torch.empty_like(weight)
+        checkpoint.copy_into(name, base)
+        weight.copy_(apply_patches(base.float(), patches))

@@ -84,6 +84,9 @@ SEED_LIMIT = 2**64
 TAKEN_NAMES: tuple[str, ...] = ("load", "compile", "capture", "prompt", "encode", "decode", "total")
 """What timings, warm-up and memory counts call the other parts of a picture; no stage may."""
 
+QUANTIZE: tuple[str, ...] = ("auto", "none", "fp8", "int8", "int8-weight-only")
+"""How the network's large matrices are kept; `auto` is as the file has them."""
+
 _DTYPE_ALIASES = {
     "fp32": "float32",
     "bf16": "bfloat16",
@@ -253,15 +256,18 @@ class ModelSettings:
     """One of `DTYPES`; `torch.bfloat16` and short names such as `bf16` are understood."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    quantize: str = "auto"
+    """One of `QUANTIZE`."""
 
     def __post_init__(self) -> None:
         check = _Checker(self, "model")
         for name in ("path", "vae_path", "clip_path", "tokenizer_path"):
             check.optional_text(name)
-        for name in ("torch_dtype", "device"):
+        for name in ("torch_dtype", "device", "quantize"):
             if getattr(self, name) is None:
                 check.put(name, "auto")
             check.text(name)
+        check.choice("quantize", QUANTIZE)
         dtype = self.torch_dtype.removeprefix("torch.")
         check.put("torch_dtype", _DTYPE_ALIASES.get(dtype, dtype))
         check.choice("torch_dtype", DTYPES)

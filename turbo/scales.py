@@ -1,12 +1,12 @@
-"""Scales of float8 weights: which belongs to which weight, by each way in which files say so.
+"""Scales of float8 and int8 weights: which belongs to which, by each way in which files say so.
 
 Known are ComfyUI's first form (``scale_weight`` beside the weight, ``scaled_fp8`` in the file), its
 second (``weight_scale``, announced by ``comfy_quant`` tensors or by the file's metadata), and
-``weight_scale`` alone, as other programs write it. In all of them a weight is its float8 values
-times the scale, of the whole tensor or of each row. Quantised values without their scales are wrong
-values: a file whose scales are incomplete, or mean something else, is refused.
+``weight_scale`` alone, as other programs and ``turbo quantize`` write it. In all of them a weight
+is its values times the scale, of the whole tensor or of each row. Quantised values without their
+scales are wrong values: a file whose scales are incomplete, or mean something else, is refused.
 
-``input_scale`` concerns arithmetic on float8 activations, not what a weight is, and is not read.
+``input_scale`` concerns arithmetic on narrow activations, not what a weight is, and is not read.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from turbo.errors import CheckpointError
 from turbo.header import Header, TensorEntry, one_line, shorten, some_names
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
+SCALED = (*FLOAT8, "I8")
 """The dtypes that scales are read for."""
 
 _METADATA = "_quantization_metadata"
@@ -101,7 +102,7 @@ class _Finder:
                 scales[weight] = key
         announced = self._announced(beside)
         is_scaled = bool(scales or announced or marks or self._is_marked_outside())
-        self._require_scales([key for key in weights if is_scaled and self._is_float8(key)], scales)
+        self._require_scales([key for key in weights if self._wants_scale(key, is_scaled)], scales)
         return Scaling(weights, scales)
 
     def _require_scales(self, weights: Iterable[str], scales: Mapping[str, str]) -> None:
@@ -109,17 +110,17 @@ class _Finder:
         if missing:
             raise CheckpointError(
                 f"{self.headers[self.files[missing[0]]].path}: is quantised with scales, but "
-                f"{len(missing)} float8 tensors have none ({some_names(missing)}); the file is "
+                f"{len(missing)} quantised tensors have none ({some_names(missing)}); the file is "
                 "incomplete, get it again"
             )
 
     def _check_scale(self, weight: str, key: str) -> None:
         entry, scale = self._entry(weight), self._entry(key)
-        if entry.dtype not in FLOAT8:
+        if entry.dtype not in SCALED:
             raise self._error(
                 key,
                 f"belongs to {shorten(weight)} of dtype {entry.dtype}; scales are read for "
-                f"{' and '.join(FLOAT8)}",
+                f"{', '.join(SCALED)}",
             )
         if scale.dtype not in _SCALE_DTYPES:
             raise self._error(key, f"has dtype {scale.dtype}, must be {', '.join(_SCALE_DTYPES)}")
@@ -213,8 +214,10 @@ class _Finder:
             for key in header.tensors
         )
 
-    def _is_float8(self, key: str) -> bool:
-        return self._entry(key).dtype in FLOAT8
+    def _wants_scale(self, key: str, is_scaled: bool) -> bool:
+        """Float8 alone may be plain values; integers never are a weight's."""
+        dtype = self._entry(key).dtype
+        return dtype == "I8" or (is_scaled and dtype in FLOAT8)
 
     def _entry(self, key: str) -> TensorEntry:
         return self.headers[self.files[key]].tensors[key]

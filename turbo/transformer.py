@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from turbo.errors import CheckpointError
+from turbo.quantize import QuantizedLinear, QuantizedRows
 
 PATCH = 2
 PAD_MULTIPLE = 32
@@ -141,6 +142,14 @@ def _weight(*shape: int, like: _Factory) -> nn.Parameter:
 class _Factory:
     device: torch.device | str | None
     dtype: torch.dtype | None
+    quantize: str | None = None
+    """How the matrices of blocks are kept; None: in `dtype`."""
+
+    def matrix(self, inputs: int, outputs: int) -> Linear | QuantizedLinear:
+        """A block's matrix."""
+        if self.quantize is None:
+            return Linear(inputs, outputs, self, bias=False)
+        return QuantizedLinear(self.quantize, inputs, outputs, self.device)
 
 
 class Linear(nn.Module):
@@ -156,6 +165,14 @@ class Linear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
+    def rows(self) -> Tensor:
+        """The weight, as `QuantizedLinear.rows` gives one of 8 bits."""
+        return self.weight.detach()
+
+    def zero_(self) -> None:
+        """Make the weight 0."""
+        self.weight.zero_()
+
     if TYPE_CHECKING:
         __call__ = forward
 
@@ -166,8 +183,8 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig, make: _Factory) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.qkv = Linear(config.dim, 3 * config.dim, make, bias=False)
-        self.out = Linear(config.dim, config.dim, make, bias=False)
+        self.qkv = make.matrix(config.dim, 3 * config.dim)
+        self.out = make.matrix(config.dim, config.dim)
         self.qk_norm = _weight(2, config.head_dim, like=make)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
@@ -231,19 +248,19 @@ class FeedForward(nn.Module):
         super().__init__()
         self.ffn_dim = config.ffn_dim
         stored = -(-config.ffn_dim // 32) * 32
-        self.w13 = Linear(config.dim, 2 * stored, make, bias=False)
-        self.w2 = Linear(stored, config.dim, make, bias=False)
+        self.w13 = make.matrix(config.dim, 2 * stored)
+        self.w2 = make.matrix(stored, config.dim)
         if stored != config.ffn_dim:
-            self.w13.weight.zero_()
-            self.w2.weight.zero_()
+            self.w13.zero_()
+            self.w2.zero_()
 
-    def native_tensors(self) -> dict[str, Tensor]:
+    def native_weights(self) -> dict[str, Tensor | QuantizedRows]:
         """Views of w1, w2 and w3 without the padding."""
-        w1, w3 = self.w13.weight.detach().chunk(2)
+        both, w2 = self.w13.rows(), self.w2.rows()
         return {
-            "w1.weight": w1[: self.ffn_dim],
-            "w2.weight": self.w2.weight.detach()[:, : self.ffn_dim],
-            "w3.weight": w3[: self.ffn_dim],
+            "w1.weight": both.narrow(0, 0, self.ffn_dim),
+            "w2.weight": w2.narrow(1, 0, self.ffn_dim),
+            "w3.weight": both.narrow(0, both.shape[0] // 2, self.ffn_dim),
         }
 
     def forward(self, x: Tensor) -> Tensor:
@@ -337,6 +354,8 @@ class Transformer(nn.Module):
         device: Where the (uninitialised) weights are made; "meta" makes none.
         dtype: Dtype of the weights, and of everything that goes in and comes out.
         compute_dtype: Dtype to calculate in, `dtype` by default; see `arithmetic_dtype`.
+        quantize: How the matrices of noise refiners and layers are kept, one of
+            `turbo.quantize.QUANTIZATIONS`; None: in `dtype`.
     """
 
     def __init__(
@@ -346,10 +365,12 @@ class Transformer(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         compute_dtype: torch.dtype | None = None,
+        quantize: str | None = None,
     ) -> None:
         super().__init__()
         make = _Factory(device, dtype)
         self.config = config
+        self.quantize = quantize
         patch_values = config.channels * PATCH**2
         self.x_embedder = Linear(patch_values, config.dim, make)
         self.x_pad_token = _weight(1, config.dim, like=make)
@@ -359,12 +380,13 @@ class Transformer(nn.Module):
         self.time_in = Linear(TIME_FREQUENCIES, config.time_hidden_dim, make)
         self.time_out = Linear(config.time_hidden_dim, config.time_dim, make)
 
-        def blocks(count: int, *, modulated: bool) -> nn.ModuleList:
+        def blocks(count: int, make: _Factory, *, modulated: bool) -> nn.ModuleList:
             return nn.ModuleList(Block(config, make, modulated=modulated) for _ in range(count))
 
-        self.context_refiner = blocks(config.context_refiners, modulated=False)
-        self.noise_refiner = blocks(config.noise_refiners, modulated=True)
-        self.layers = blocks(config.layers, modulated=True)
+        hot = replace(make, quantize=quantize)
+        self.context_refiner = blocks(config.context_refiners, make, modulated=False)
+        self.noise_refiner = blocks(config.noise_refiners, hot, modulated=True)
+        self.layers = blocks(config.layers, hot, modulated=True)
         self.final_adaLN = Linear(config.time_dim, config.dim, make)
         self.final_linear = Linear(config.dim, patch_values, make)
         self.compute_dtype = compute_dtype or self.dtype
@@ -375,8 +397,20 @@ class Transformer(nn.Module):
         return self.x_pad_token.dtype
 
     def native_tensors(self) -> dict[str, Tensor]:
-        """Checkpoint names of ComfyUI's single file -> views into this module's storage."""
-        tensors: dict[str, Tensor] = {
+        """Checkpoint names of ComfyUI's single file -> views into this module's storage.
+
+        Those of 8 bits are among `quantized_rows`.
+        """
+        weights = self._native_weights().items()
+        return {name: weight for name, weight in weights if isinstance(weight, Tensor)}
+
+    def quantized_rows(self) -> dict[str, QuantizedRows]:
+        """As `native_tensors`: the weights that are kept in 8 bits."""
+        weights = self._native_weights().items()
+        return {name: weight for name, weight in weights if isinstance(weight, QuantizedRows)}
+
+    def _native_weights(self) -> dict[str, Tensor | QuantizedRows]:
+        weights: dict[str, Tensor | QuantizedRows] = {
             "x_pad_token": self.x_pad_token,
             "cap_pad_token": self.cap_pad_token,
             "cap_embedder.0.weight": self.cap_norm,
@@ -389,11 +423,14 @@ class Transformer(nn.Module):
             ("final_layer.adaLN_modulation.1", self.final_adaLN),
             ("final_layer.linear", self.final_linear),
         ):
-            tensors |= _linear_tensors(name, linear)
+            weights |= _linear_weights(name, linear)
         for group in ("context_refiner", "noise_refiner", "layers"):
             for index, block in enumerate(getattr(self, group)):
-                tensors |= _block_tensors(f"{group}.{index}", block)
-        return {name: tensor.detach() for name, tensor in tensors.items()}
+                weights |= _block_weights(f"{group}.{index}", block)
+        return {
+            name: weight.detach() if isinstance(weight, Tensor) else weight
+            for name, weight in weights.items()
+        }
 
     def ignored_keys(self, shapes: Mapping[str, Sequence[int]]) -> set[str]:
         """Names that some complete files hold and no implementation reads."""
@@ -563,24 +600,24 @@ def _pad(tokens: Tensor, pad_token: Tensor) -> Tensor:
     return torch.cat((tokens, pads), dim=1)
 
 
-def _linear_tensors(name: str, linear: Linear) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {f"{name}.weight": linear.weight}
+def _linear_weights(name: str, linear: Linear) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {f"{name}.weight": linear.weight}
     if linear.bias is not None:
-        tensors[f"{name}.bias"] = linear.bias
-    return tensors
+        weights[f"{name}.bias"] = linear.bias
+    return weights
 
 
-def _block_tensors(name: str, block: Block) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {
-        "attention.qkv.weight": block.attention.qkv.weight,
-        "attention.out.weight": block.attention.out.weight,
+def _block_weights(name: str, block: Block) -> dict[str, Tensor | QuantizedRows]:
+    weights: dict[str, Tensor | QuantizedRows] = {
+        "attention.qkv.weight": block.attention.qkv.rows(),
+        "attention.out.weight": block.attention.out.rows(),
         "attention.q_norm.weight": block.attention.qk_norm[0],
         "attention.k_norm.weight": block.attention.qk_norm[1],
     }
-    for key, tensor in block.feed_forward.native_tensors().items():
-        tensors[f"feed_forward.{key}"] = tensor
+    for key, weight in block.feed_forward.native_weights().items():
+        weights[f"feed_forward.{key}"] = weight
     for norm in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
-        tensors[f"{norm}.weight"] = getattr(block, norm)
+        weights[f"{norm}.weight"] = getattr(block, norm)
     if block.adaLN is not None:
-        tensors |= _linear_tensors("adaLN_modulation.0", block.adaLN)
-    return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+        weights |= _linear_weights("adaLN_modulation.0", block.adaLN)
+    return {f"{name}.{key}": weight for key, weight in weights.items()}

@@ -151,7 +151,7 @@ def test_the_mark_of_an_all_in_one_file_may_stand_above_the_text_encoder(tmp_pat
     path = write(tmp_path / "all.safetensors", norm)
     assert read(open_file(TEXT_ENCODER, path), "model.layers.0.self_attn.q_norm.weight").sum() == 2
     write(path, norm | {"text_encoders.qwen3_4b.scaled_fp8": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match=r"1 float8 tensors have none .*q_norm"):
+    with pytest.raises(CheckpointError, match=r"1 quantised tensors have none .*q_norm"):
         open_file(TEXT_ENCODER, path)
 
 
@@ -164,7 +164,7 @@ def test_a_mark_without_any_float8_tensor_changes_nothing(tmp_path: Path):
 @pytest.mark.parametrize(
     ("extras", "metadata", "message"),
     [
-        (MARK, None, rf"1 float8 tensors have none \({QKV}\.weight\)"),
+        (MARK, None, rf"1 quantised tensors have none \({QKV}\.weight\)"),
         ({f"{QKV}.comfy_quant": settings(format="float8_e4m3fn")}, None, "have none"),
         ({}, layers(**{QKV: {"format": "float8_e4m3fn"}}), "have none"),
         ({f"{QKV}.weight_scale": torch.ones(2)}, None, r"has the shape \[2\], must be .*\[6, 1\]"),
