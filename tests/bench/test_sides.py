@@ -261,7 +261,7 @@ def test_unknown_sides_and_baselines_are_refused_with_the_known_ones(
 def test_a_process_to_its_picture_is_timed(plan_file: Path):
     options = Namespace(
         prompt="a", negative="b", seed=1, device="cpu", dtype="auto", model=None, tokenizer=None,
-        plan=str(plan_file),
+        plan=str(plan_file), quantize="auto",
     )  # fmt: skip
     assert compare.cold_start(options)["process to picture"] > 0
     options.plan = "nowhere.yaml"
