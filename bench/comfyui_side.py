@@ -14,7 +14,6 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,9 @@ from PIL import Image
 from bench.child import Child, free_port
 from bench.comfyui_server import NO_SERVER, Launch, link_models, names_of
 from bench.comfyui_times import Watch
-from bench.side import MissingRivalError, Request, Round, SideError
+from bench.pictures import decode_picture
+from bench.servers import require_same_memory
+from bench.side import MissingRivalError, OutsideSide, Request, Round, SideError
 from turbo.comfyui_client import ComfyUIClient
 from turbo.comfyui_http import ServerHttp, Unreachable
 from turbo.comfyui_workflow import (
@@ -56,7 +57,7 @@ END_SECONDS = 2.0
 _SKIPPED = re.compile(r"EasyCache - skipped (\d+)/\d+ steps")
 
 
-class ComfyUISide:
+class ComfyUISide(OutsideSide):
     """A ComfyUI server.
 
     Args:
@@ -75,8 +76,6 @@ class ComfyUISide:
         run_seconds: How long a picture may take.
     """
 
-    in_process = False
-
     def __init__(
         self,
         files: ModelFiles,
@@ -92,10 +91,7 @@ class ComfyUISide:
         start_seconds: float = 300.0,
         run_seconds: float = 3600.0,
     ) -> None:
-        self.name = name
-        self.approximate = approximate
-        self.best = best
-        self.part = ""
+        super().__init__(name, approximate=approximate, best=best)
         self.url = url
         self._files = files
         self._plan = plan.resolved()
@@ -112,7 +108,7 @@ class ComfyUISide:
 
     def settings(self) -> dict[str, Any]:
         """Versions and arguments as the server tells them, and what it had to have."""
-        system, device = self._stats.get("system", {}), self._device()
+        system, device = self._system(), self._device()
         ours = self._launch is not None
         return {
             "program": "ComfyUI",
@@ -120,7 +116,7 @@ class ComfyUISide:
             "torch": system.get("pytorch_version"),
             "python": str(system.get("python_version")).partition(" ")[0],
             "device": device.get("name"),
-            "arguments": [_last_part(word) for word in system.get("argv", ())],
+            "arguments": _lasting(system.get("argv", ())),
             "started": "by this run" if ours else "before this run",
             "OMP_NUM_THREADS": torch.get_num_threads() if ours else None,
             "needs": dict(sorted(self._needs().items())),
@@ -150,14 +146,6 @@ class ComfyUISide:
             raise
         return took
 
-    def check(self) -> dict[str, Any]:
-        """Nothing can be told of it alone: its pictures are compared with the other sides'."""
-        return {"compared_with": "the other sides' pictures"}
-
-    def others(self) -> dict[str, dict[str, Any]]:
-        """Nothing besides its rounds."""
-        return {}
-
     def paint(self, request: Request) -> Round:
         """Make a picture.
 
@@ -180,7 +168,7 @@ class ComfyUISide:
             raise SideError(f"ComfyUI at {self.url} finished without a picture")
         return Round(
             seconds=watch.seconds(),
-            image=_open(pictures[wanted][0]),
+            image=decode_picture(pictures[wanted][0]),
             stage_images=self._stage_images(workflow, pictures),
             skips=self._skips(logged),
             spans=watch.events,
@@ -249,6 +237,7 @@ class ComfyUISide:
         try:
             self._http = ServerHttp(url, ASK_SECONDS)
             self._stats = self._http.ask("/system_stats")
+            require_same_memory("ComfyUI", url, self._system().get("ram_total"))
             # What it answers from its cache would not be measured.
             self._http.exchange("/free", {"unload_models": True, "free_memory": True})
         except Unreachable as error:
@@ -272,6 +261,10 @@ class ComfyUISide:
         if self._http is None:
             raise SideError(f"{self.name} is not started")
         return self._http
+
+    def _system(self) -> dict[str, Any]:
+        system = self._stats.get("system")
+        return system if isinstance(system, dict) else {}
 
     def _device(self) -> dict[str, Any]:
         devices = self._stats.get("devices") or [{}]
@@ -349,7 +342,7 @@ class ComfyUISide:
         last = picture_node(self._plan)
         prefixes = {n: workflow[n]["inputs"]["filename_prefix"] for n in pictures if n != last}
         names = {node: prefix.split("_", 3)[3] for node, prefix in prefixes.items()}
-        return {name: _open(pictures[node][0]) for node, name in names.items()}
+        return {name: decode_picture(pictures[node][0]) for node, name in names.items()}
 
     def _skips(self, logged: int) -> dict[str, tuple[int, int]]:
         """Network calls that EasyCache saved, from our server's log from a byte on."""
@@ -368,12 +361,16 @@ def _calls(stage: Stage) -> int:
     return len(trace_sampler(stage.sampler, sigmas).evaluations)
 
 
-def _open(data: bytes) -> Image.Image:
-    with Image.open(BytesIO(data), formats=["PNG"]) as picture:
-        return picture.convert("RGB")
+def _lasting(words: Sequence[object]) -> list[str]:
+    """A server's arguments without the port and the folders, which are others in each run."""
+    lasting = []
+    for word, before in zip(words, ("", *map(str, words))):
+        text = one_line(word)
+        is_of_the_run = before == "--port" or before.endswith(("-directory", "-config"))
+        lasting.append("…" if is_of_the_run else _last_part(text))
+    return lasting
 
 
-def _last_part(word: object) -> str:
+def _last_part(text: str) -> str:
     """An argument without the folders of this machine."""
-    text = one_line(word)
     return text.rpartition("/")[2] if text.startswith(("/", "~")) else text

@@ -22,6 +22,7 @@ from bench.arguments import Parser
 from bench.options import Subject, add_model_options, add_round_options, run_command
 from bench.results import Results
 from bench.run import measured, show, turbo_side
+from bench.servers import require_here
 from bench.side import MissingRivalError, Side, SideError
 from turbo.acceleration import SpeedUps
 from turbo.errors import BadInputError
@@ -101,6 +102,10 @@ def _require_rival(options: argparse.Namespace) -> None:
         raise MissingRivalError("which stable-diffusion.cpp? give --sdcpp with its program's path")
     if baseline == "sglang" and not options.sglang_url:
         raise MissingRivalError("which server? give --sglang-url")
+    if baseline == "comfyui" and options.comfyui_url:
+        require_here("--comfyui-url", options.comfyui_url)
+    if baseline == "sglang":
+        require_here("--sglang-url", options.sglang_url)
 
 
 def _sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
@@ -134,7 +139,7 @@ def _diffusers_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
     sides = [*_turbo_sides(subject, exact)]
     sides += [
         DiffusersSide(subject.loaded, exact),
-        DiffusersSide(subject.loaded, exact, compiled=True),
+        DiffusersSide(subject.loaded, exact, compiled=True, warm_up=subject.warm_up_requests()),
     ]
     if subject.has_easycache:
         plan, fastest = subject.plan, _fastest(subject)

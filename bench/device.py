@@ -8,6 +8,7 @@ the negative prompt has as many, so that both go through the network together.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 
 from bench import arithmetic
-from bench.arguments import Parser
+from bench.arguments import Parser, positive, without_folders
+from bench.endings import FAILED, OK, exit_code, require_writable
 from bench.kernel_parts import attention, kernels
 from bench.machine import describe_machine
 from bench.model_parts import decode, network, picture, profile, prompt
@@ -27,6 +29,8 @@ from bench.random_model import PROMPT_TOKENS
 from bench.results import FORMAT, Found, Part, Results, recorded, run_parts
 from bench.setting import Setting
 from turbo.denoiser import is_unguided
+from turbo.engine import pick_device
+from turbo.errors import BadInputError
 from turbo.latent import STRIDE
 
 PARTS = {
@@ -149,23 +153,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, help="JSON results file, renewed as it goes")
     parser.add_argument("--device", default="cuda", help="where to measure (default: cuda)")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the command out")
-    parser.add_argument("--minutes", type=float, default=9, help="for everything (default: 9)")
+    parser.add_argument("--minutes", type=positive, default=9, help="for everything (default: 9)")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART",
                         help=f"of {', '.join(PARTS)}")  # fmt: skip
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device here; try the command out with --small --device cpu")
-    if device.type != "cuda" and not options.small:
-        parser.error(f"the full size is for CUDA devices; on {device}, add --small")
-    if device.type == "cuda":
-        torch.cuda.init()  # type: ignore[no-untyped-call]
+    given = sys.argv[2:] if arguments is None else list(arguments)
+    options = parser.parse_args(given)
+    return exit_code(lambda: _run(options, given))
+
+
+def _run(options: argparse.Namespace, given: Sequence[str]) -> int:
+    require_writable(options.output)
+    device = _device(options.device, options.small)
     setting = Setting(device, options.small)
     chosen = [part for part in make_parts(setting) if part.name in (options.only or PARTS)]
     header = {
         "format": FORMAT,
         "kind": "device",
-        "command": ["device", *(sys.argv[2:] if arguments is None else arguments)],
+        "command": ["device", *without_folders(given)],
         "machine": describe_machine(str(device)),
         "size": "small" if options.small else "full",
         "prompt_tokens": PROMPT_TOKENS,
@@ -179,4 +183,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for line in table(results.data["parts"]):
         print(line)
-    return 1 if any("error" in found for found in results.data["parts"].values()) else 0
+    return FAILED if any("error" in found for found in results.data["parts"].values()) else OK
+
+
+def _device(name: str, small: bool) -> torch.device:
+    """Where to measure.
+
+    Raises:
+        BadInputError: There is no such device, or it is none for the full size.
+    """
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise BadInputError("no CUDA device here; try the command out with --small --device cpu")
+    device = pick_device(name)
+    if device.type != "cuda" and not small:
+        raise BadInputError(f"the full size is for CUDA devices; on {device}, add --small")
+    if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    return device

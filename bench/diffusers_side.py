@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
@@ -38,18 +38,32 @@ class DiffusersSide:
         loaded: The model, whose weights it shares.
         plan: What it follows; EasyCache is left out.
         compiled: Compile the network's repeated blocks, as diffusers recommends.
+        warm_up: Made before the first picture if it compiles: a request for every pair of padded
+            prompt lengths that the first picture does not have and a later one will.
+        backend: PyTorch's compiler.
     """
 
     in_process = True
     approximate = False
 
-    def __init__(self, loaded: LoadedModel, plan: Plan, *, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        plan: Plan,
+        *,
+        compiled: bool = False,
+        warm_up: Sequence[Request] = (),
+        backend: str = "inductor",
+    ) -> None:
         self.name = "diffusers, compiled" if compiled else "diffusers"
         self.best = compiled
         self.part = ""
         self._loaded = loaded
         self._stages = tuple(replace(s, easycache=None) for s in plan.resolved().stages)
         self._compiled = compiled
+        self._warm_up = tuple(warm_up) if compiled else ()
+        self._backend = backend
+        self._has_painted = False
         self._pipe: Any = None
         self._prepared: dict[str, pipeline.PreparedStage] = {}
         self._meter = Meter(loaded.engine.models.device)
@@ -66,7 +80,7 @@ class DiffusersSide:
         }
 
     def start(self) -> dict[str, float]:
-        """Put the pipeline together; compiling happens in the first picture."""
+        """Put the pipeline together and warm it up; the first picture compiles the rest."""
         from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
         from bench.diffusers_modules import (
@@ -88,7 +102,9 @@ class DiffusersSide:
         )
         pipe.set_progress_bar_config(disable=True)
         if self._compiled:
-            pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+            pipe.transformer.compile_repeated_blocks(
+                fullgraph=True, dynamic=False, backend=self._backend
+            )
         pipe.transformer.register_forward_pre_hook(self._call_begins)
         pipe.transformer.register_forward_hook(self._call_ends)
         self._pipe = pipe
@@ -97,17 +113,36 @@ class DiffusersSide:
                 stage.name: pipeline.prepare_stage(models.transformer, stage)
                 for stage in self._stages
             }
-        return {"build": time.perf_counter() - begin}
+        built = time.perf_counter()
+        for request in self._warm_up:
+            self._make(request)
+        warm_up = {"warm-up": time.perf_counter() - built} if self._warm_up else {}
+        return {"build": built - begin, **warm_up}
 
     def check(self) -> dict[str, Any]:
         """Nothing alone: turbo's check compares its network's output with this one's."""
         return {"compared_with": "turbo, by network calls and by pictures"}
 
-    @torch.inference_mode()
     def paint(self, request: Request) -> Round:
-        """A picture through one pipeline call a stage."""
+        """A picture through one pipeline call a stage.
+
+        Raises:
+            SideError: Something was compiled beside it, except in the first picture.
+        """
         if self._pipe is None:
             raise SideError(f"{self.name}: start comes first")
+        before = _graphs_compiled()
+        made = self._make(request)
+        added = _graphs_compiled() - before
+        if self._has_painted and added:
+            raise SideError(
+                f"{self.name}: {added} graphs were compiled in a picture that was timed"
+            )
+        self._has_painted = True
+        return made
+
+    @torch.inference_mode()
+    def _make(self, request: Request) -> Round:
         self._calls.clear()
         with self._many_shapes(), self._meter_part("total"):
             with self._meter_part("prompt"):
@@ -224,3 +259,10 @@ class DiffusersSide:
 
     def _call_ends(self, *_: Any) -> None:
         self._calls[-1][1].end()
+
+
+def _graphs_compiled() -> int:
+    """How many PyTorch's compiler has traced in this process: nothing is compiled without."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])

@@ -8,13 +8,12 @@ this process serves a queue, one request at a time; with it, a server that has O
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.arguments import Parser, without_folders
+from bench.arguments import Parser, positive, whole, without_folders
 from bench.arrivals import (
     LATE_MS,
     Clock,
@@ -23,8 +22,8 @@ from bench.arrivals import (
     poisson_arrivals,
     send_all,
 )
+from bench.endings import FAILED, OK, exit_code, require_writable
 from bench.load_targets import (
-    AwayError,
     CheckError,
     EngineTarget,
     ServerTarget,
@@ -32,10 +31,10 @@ from bench.load_targets import (
 )
 from bench.machine import describe_machine
 from bench.results import FORMAT, Results, describe_error
+from bench.servers import ANOTHER_MACHINE
 from bench.timing import percentile
 from turbo.engine import Engine, pick_device
-from turbo.errors import BadInputError, TurboError
-from turbo.messages import one_line, reason
+from turbo.errors import BadInputError
 from turbo.plan import DEFAULT_PLAN, Plan, load_plan
 
 MOST_REQUESTS = 100_000
@@ -47,17 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 if requests were answered and all checks passed."""
     given = list(sys.argv[2:] if arguments is None else arguments)
     options = _parse(given)
-    try:
+
+    def work() -> int:
+        require_writable(options.output)
         records = _draw(options)
         clock = Clock()
         plan = DEFAULT_PLAN if options.plan is None else load_plan(options.plan)
         results = _open_results(options, given, _device(options, plan))
         target = _make_target(options, plan, clock)
         return _run(options, results, target, clock, records)
-    except (BadInputError, AwayError) as error:
-        return _say(error, 2)
-    except (TurboError, CheckError) as error:
-        return _say(error, 1)
+
+    return exit_code(work)
 
 
 def _run(
@@ -99,7 +98,7 @@ def _run(
     results.write()
     for line in table(data):
         print(line)
-    return 0 if data["completed"] else 1
+    return OK if data["completed"] else FAILED
 
 
 def _withhold(data: dict[str, Any], why: str) -> None:
@@ -114,6 +113,11 @@ def _withhold(data: dict[str, Any], why: str) -> None:
 def table(data: dict[str, Any]) -> Iterator[str]:
     """The run's figures as lines for a terminal."""
     asked = len(data["requests"])
+    if data.get("configuration", {}).get("server_machine") == ANOTHER_MACHINE:
+        yield (
+            "the server is on another machine: the figures are its own and the network's, and the "
+            "machine in the results file is the one that sent the requests"
+        )
     yield (
         f"{data['completed']} of {asked} requests answered, {data['throughput_per_s']:.4g} per s "
         f"over {data['throughput_over_s']:.4g} s"
@@ -160,7 +164,7 @@ def _device(options: argparse.Namespace, plan: Plan) -> str:
 
 
 def _open_results(options: argparse.Namespace, given: Sequence[str], device: str) -> Results:
-    """A results file that can be written, before anything costly is done."""
+    """A results file, written before anything costly is done."""
     header = {
         "format": FORMAT,
         "kind": "load",
@@ -175,12 +179,7 @@ def _open_results(options: argparse.Namespace, given: Sequence[str], device: str
     }
     results = Results(options.output, header)
     del results.data["parts"]
-    try:
-        results.write()
-    except OSError as error:
-        raise BadInputError(
-            f"cannot write {options.output}: {reason(error)}; give another -o"
-        ) from error
+    results.write()
     return results
 
 
@@ -199,10 +198,10 @@ def _make_target(
 
 
 def _parse(given: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m bench load", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--rate", type=_positive, required=True, metavar="R",
+    parser = Parser(prog="python -m bench load", description=__doc__)
+    parser.add_argument("--rate", type=positive, required=True, metavar="R",
                         help="mean requests per second")  # fmt: skip
-    parser.add_argument("--duration", type=_positive, required=True, metavar="S",
+    parser.add_argument("--duration", type=positive, required=True, metavar="S",
                         help="seconds during which requests arrive")  # fmt: skip
     parser.add_argument("--url", help="a server with OpenAI's images API, without /v1/...")
     parser.add_argument("--model", metavar="DIR",
@@ -213,11 +212,11 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--size", metavar="WxH", help="with --url: the size to ask for")
     parser.add_argument("--device", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--dtype", help="auto (default), float32, bfloat16 or float16")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N",
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N",
                         help="of arrivals and pictures (default: 0)")  # fmt: skip
-    parser.add_argument("--timeout", type=_positive, default=600, metavar="S",
+    parser.add_argument("--timeout", type=positive, default=600, metavar="S",
                         help="give a request up after so long (default: 600)")  # fmt: skip
-    parser.add_argument("--warm-up", type=_count, default=1, metavar="N",
+    parser.add_argument("--warm-up", type=whole(1, 1000), default=1, metavar="N",
                         help="requests before the run, not counted (default: 1)")  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="results file")
     options = parser.parse_args(given)
@@ -227,34 +226,3 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
     if options.size is not None and options.url is None:
         parser.error("--size is for --url; in process the plan says the size")
     return options
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0, 2**32 - 1)
-
-
-def _count(text: str) -> int:
-    return _whole(text, 1, 1000)
-
-
-def _whole(text: str, low: int, high: int) -> int:
-    if not (text.isascii() and text.isdecimal() and low <= int(text[:20]) <= high):
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number from {low} to {high}, got {text!r}"
-        )
-    return int(text)
-
-
-def _say(error: Exception, code: int) -> int:
-    print(f"bench load: {one_line(error, limit=None)}", file=sys.stderr)
-    return code

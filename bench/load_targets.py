@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
-import io
-import json
 import math
 import re
 import threading
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +16,19 @@ from torch import Tensor
 
 from bench.arrivals import Clock, FifoWorker, Record
 from bench.described import describe_model
+from bench.images_api import ROUTE, AnswerError, post, read_answer, request_body
 from bench.model_parts import PICTURE_FLOOR
+from bench.servers import ANOTHER_MACHINE, is_here
 from bench.setting import distance
+from bench.side import MissingRivalError, SideError
 from turbo.comfyui_http import ServerHttp, Unreachable, is_loopback
 from turbo.engine import Engine
 from turbo.errors import BadInputError
 from turbo.messages import one_line
 from turbo.plan import ModelSettings, plan_to_dict
 
-ROUTE = "/v1/images/generations"
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
+"""Of answers; what is in them is not compared."""
 SUBJECTS = (
     "a lighthouse on a cliff at dawn",
     "an old tram in the rain",
@@ -38,15 +38,10 @@ SUBJECTS = (
 )
 WARM_UP = 1_000_000
 """Number of the first warm-up request: beyond those of any run."""
-_SAMPLED_VALUES = 64
 
 
-class CheckError(Exception):
+class CheckError(SideError):
     """What was answered is wrong, so that its times are worth nothing."""
-
-
-class AwayError(Exception):
-    """There is no server."""
 
 
 class _Stopped(BaseException):
@@ -219,7 +214,8 @@ class ServerTarget:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "url": self._http.url if is_loopback(self._http.url) else "another machine's",
+            "url": self._http.url if is_loopback(self._http.url) else "not shown",
+            "server_machine": "this one" if is_here(self._http.url) else ANOTHER_MACHINE,
             "model": {"name": self._model},
             "size": list(self._size),
         }
@@ -228,7 +224,7 @@ class ServerTarget:
         """Have some pictures made, one after the other.
 
         Raises:
-            AwayError: No answer came to the first.
+            MissingRivalError: No answer came to the first.
         """
         errors = []
         for number in range(requests):
@@ -236,12 +232,12 @@ class ServerTarget:
                 self._ask(WARM_UP + number)
             except Unreachable as error:
                 if number == 0:
-                    raise AwayError(
+                    raise MissingRivalError(
                         f"no answer from {self._http.url}{ROUTE} ({error}); start the server, or "
                         "check the address and --timeout"
                     ) from error
                 errors.append(str(error))
-            except CheckError as error:
+            except AnswerError as error:
                 errors.append(str(error))
         return {"requests": requests, "errors": errors}
 
@@ -266,7 +262,7 @@ class ServerTarget:
     def _serve(self, record: Record) -> None:
         try:
             data, done = self._ask(record.number)
-        except (Unreachable, CheckError) as error:
+        except (Unreachable, AnswerError) as error:
             record.error = record.error or str(error)
             return
         if record.is_over:  # given up meanwhile
@@ -276,70 +272,18 @@ class ServerTarget:
 
     def _ask(self, number: int) -> tuple[dict[str, Any], float]:
         """The answer to a request, checked, and when it was there."""
-        width, height = self._size
-        body = {
-            "prompt": prompt_of(number),
-            "n": 1,
-            "size": f"{width}x{height}",
-            "seed": (self._seed + number) % 2**63,
-            "response_format": "b64_json",
-        }
-        if self._model is not None:
-            body["model"] = self._model
-        status, answer = self._http.exchange(ROUTE, body)
+        named = {} if self._model is None else {"model": self._model}
+        seed = (self._seed + number) % 2**63
+        body = request_body(prompt_of(number), self._size, seed, **named)
+        status, answer = post(self._http, body, self._timeout_s)
         done = self._clock.now()
-        data = _read_answer(status, answer)
-        image = _read_picture(data)
-        if image.size != self._size:
-            raise CheckError(
-                f"a picture of {image.width}x{image.height} came, asked for was {width}x{height}"
-            )
+        image, data = read_answer(status, answer, self._size, PICTURE_FORMATS)
         self._distinct.note(image)
         return data, done
 
 
 def _values(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image).astype(np.float64))
-
-
-def _read_answer(status: int, answer: bytes) -> dict[str, Any]:
-    try:
-        data = json.loads(answer)
-    except (ValueError, RecursionError):
-        data = None
-    if status != 200:
-        _refuse(status, data)
-    if not isinstance(data, dict):
-        raise CheckError("the answer is no JSON object")
-    return data
-
-
-def _refuse(status: int, data: Any) -> NoReturn:
-    """Raise the error that a server reported, in its own words if it has some."""
-    error = data.get("error", data) if isinstance(data, dict) else None
-    said = error.get("message") if isinstance(error, dict) else error
-    shown = f": {one_line(said, limit=160)}" if isinstance(said, str) else ""
-    raise CheckError(f"status {status}{shown}")
-
-
-def _read_picture(data: dict[str, Any]) -> Image.Image:
-    pictures = data.get("data")
-    first = pictures[0] if isinstance(pictures, list) and pictures else None
-    encoded = first.get("b64_json") if isinstance(first, dict) else None
-    if not isinstance(encoded, str):
-        raise CheckError("the answer has no data[0].b64_json")
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))) as image:
-            return image.convert("RGB")
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        binascii.Error,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
-        raise CheckError("the answer's picture cannot be decoded") from error
 
 
 def _told_seconds(data: dict[str, Any]) -> float | None:

@@ -367,16 +367,26 @@ def _program(side: Side) -> str:
 
 
 def ratios_of(pairs: Sequence[tuple[Round, Round]]) -> dict[str, Any]:
-    """Ratio of every part that both sides have in all rounds."""
-    first, second = pairs[-1]
+    """Ratio of every part that both sides have in all rounds.
+
+    Where only one side's total has the PNG in it, the other's is added to its total.
+    """
+    timed = [(_like(one, other), _like(other, one)) for one, other in pairs]
+    first, second = timed[-1]
     return {
-        part: ratio(
-            [one.seconds[part] for one, _ in pairs], [other.seconds[part] for _, other in pairs]
-        )
-        for part in first.seconds
-        if part in second.seconds
-        and all(one.seconds.get(part) and other.seconds.get(part) for one, other in pairs)
+        part: ratio([one[part] for one, _ in timed], [other[part] for _, other in timed])
+        for part in first
+        if part in second and all(one.get(part) and other.get(part) for one, other in timed)
     }
+
+
+def _like(made: Round, other: Round) -> Mapping[str, float]:
+    """A round's times as they may stand beside the other's; no total if it cannot be made so."""
+    if made.total_has_png or not other.total_has_png:
+        return made.seconds
+    total, png = made.seconds["total"], made.seconds.get("png")
+    like = {} if png is None else {"total": total + png}
+    return like | {part: seconds for part, seconds in made.seconds.items() if part != "total"}
 
 
 def _largest(

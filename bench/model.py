@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.arguments import Parser
-from turbo.errors import TurboError
+from bench.endings import OK, exit_code, require_writable
 from turbo.testing import (
     LAYOUTS,
     TINY,
@@ -46,11 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", help="of the files (default: float32)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     options = parser.parse_args(arguments)
-    try:
-        folder = make_model(
-            options.folder, SIZES[options.size], options.layout, options.seed, options.dtype
-        )
-    except TurboError as error:
-        parser.error(str(error))
-    print(f"wrote {folder}")
-    return 0
+
+    def work() -> int:
+        if not options.folder.is_dir():
+            require_writable(options.folder, "folder")
+        size = SIZES[options.size]
+        folder = make_model(options.folder, size, options.layout, options.seed, options.dtype)
+        print(f"wrote {folder}")
+        return OK
+
+    return exit_code(work)

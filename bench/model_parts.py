@@ -16,7 +16,7 @@ from torch import Tensor
 from bench import arithmetic
 from bench.random_model import PROMPT_TOKENS
 from bench.results import Found, recorded
-from bench.setting import UNCAPTURED, VARIANTS, Judge, Setting, Side
+from bench.setting import UNCAPTURED, VARIANTS, Judge, Setting, Variant
 from bench.timing import Meter, summarise, synchronise, time_runs
 from turbo import pipeline
 from turbo.denoiser import is_unguided
@@ -194,7 +194,7 @@ def picture(setting: Setting, found: Found, seconds: float) -> None:
 class Painter:
     """An engine over one side of the model, the time of whose parts is taken."""
 
-    def __init__(self, setting: Setting, side: Side) -> None:
+    def __init__(self, setting: Setting, side: Variant) -> None:
         self._meter = meter = Meter(setting.device)
         self._model = setting.model
         models = replace(side.models)
@@ -230,7 +230,7 @@ class Painter:
         }
 
 
-def _decoder(side: Side) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _decoder(side: Variant) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     autoencoder = side.models.autoencoder
     return side.models.decode or (lambda latent: pipeline.decode(autoencoder, latent))
 

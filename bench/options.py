@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,21 +10,19 @@ from typing import Any
 
 import torch
 
-from bench.arguments import without_folders
+from bench.arguments import whole, without_folders
 from bench.described import describe_model
+from bench.endings import FAILED, OK, exit_code, require_writable
 from bench.machine import describe_machine
-from bench.results import FORMAT, Results, ResultsFileError
-from bench.side import MissingRivalError, Request, SideError
+from bench.results import FORMAT, Results
+from bench.side import Request
 from bench.turbo_side import LoadedModel
 from turbo.engine import pick_device, pick_dtype
-from turbo.errors import BadInputError, TurboError
-from turbo.messages import one_line, reason
 from turbo.model_files import ModelFiles
 from turbo.pipeline import Models
 from turbo.plan import DEFAULT_PLAN, QUANTIZE, ModelSettings, Plan, load_plan, plan_to_dict
 from turbo.precision import arithmetic_dtype
 from turbo.transformer import padded_length
-from turbo.whole_file import require_writable_folder
 
 PROMPT = "a lighthouse on a cliff at dawn, waves below"
 NEGATIVE_PROMPT = "blurry, low quality"
@@ -45,7 +42,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="the network in 8 bits; auto (default): as its file has it",
     )
-    group.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    group.add_argument(
+        "--threads", type=whole(1, 4096), help="CPU threads (default: PyTorch's choice)"
+    )
     group.add_argument("--prompt", default=PROMPT, help="each round's adds its number")
     group.add_argument("--negative", default=NEGATIVE_PROMPT)
     group.add_argument("--seed", type=int, default=42, help="of every picture (default: 42)")
@@ -53,7 +52,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_round_options(parser: argparse.ArgumentParser) -> None:
     """How often, and where to."""
-    parser.add_argument("--rounds", type=_count, default=3, help="pictures a side (default: 3)")
+    parser.add_argument(
+        "--rounds", type=whole(1, 10_000), default=3, help="pictures a side (default: 3)"
+    )
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE.json", help="results file; pictures beside it"
     )
@@ -83,8 +84,6 @@ class Subject:
             TurboError: It cannot be used.
         """
         if options.threads is not None:
-            if options.threads < 1:
-                raise BadInputError(f"--threads must be at least 1, got {options.threads}")
             torch.set_num_threads(options.threads)
         plan = load_plan(options.plan) if options.plan else DEFAULT_PLAN
         given = plan.model.device if options.device == "auto" else options.device
@@ -108,12 +107,29 @@ class Subject:
             seed=options.seed,
         )
 
-    def buckets(self, rounds: int) -> tuple[int, ...]:
+    def requests(self) -> list[Request]:
+        """All of them, that of the picture which is not timed in front."""
+        return [self.request(number) for number in range(self.options.rounds + 1)]
+
+    def buckets(self) -> tuple[int, ...]:
         """Padded lengths of all prompts that the rounds will ask for."""
-        requests = [self.request(number) for number in range(rounds + 1)]
-        texts = [text for one in requests for text in (one.prompt, one.negative_prompt)]
+        return tuple(sorted({length for one in self.requests() for length in self._lengths(one)}))
+
+    def warm_up_requests(self) -> list[Request]:
+        """One for every pair of padded prompt lengths that only later pictures than the first have.
+
+        A program that compiles for each pair needs them before anything is timed.
+        """
+        by_lengths = {self._lengths(one): one for one in reversed(self.requests())}
+        del by_lengths[self._lengths(self.request(0))]
+        return [*by_lengths.values()]
+
+    def _lengths(self, request: Request) -> tuple[int, int]:
         encode = self.models.tokenizer.encode_prompt
-        return tuple(sorted({padded_length(len(encode(text))) for text in texts}))
+        return (
+            padded_length(len(encode(request.prompt))),
+            padded_length(len(encode(request.negative_prompt))),
+        )
 
     def without_easycache(self) -> Plan:
         """The plan with every network call made."""
@@ -168,44 +184,19 @@ def run_command(
     work: Callable[[], Results],
     report: Callable[[Results], None],
 ) -> int:
-    """Run a command's work with its errors as one line each.
+    """Run a command's work, whose errors are one line each, and report it.
 
     Returns:
-        0; 1 if something failed, be it one side of several; 2 for bad input, a rival that is not
-        there and a model that does not fit the device's memory.
+        As `exit_code`; 1 also if one side of several failed.
     """
-    try:
-        _require_writable(options.output)
+
+    def work_and_report() -> int:
+        require_writable(options.output)
         results = work()
-    except (BadInputError, ResultsFileError, MissingRivalError, torch.OutOfMemoryError) as error:
-        return _complain(2, one_line(str(error), limit=None))
-    except (TurboError, SideError, OSError, RuntimeError, ValueError) as error:
-        kind = "" if isinstance(error, TurboError | SideError) else f"{type(error).__name__}: "
-        return _complain(1, kind + one_line(str(error), limit=500))
-    report(results)
-    return 1 if results.data["partial"] else 0
+        report(results)
+        return FAILED if results.data["partial"] else OK
 
-
-def _complain(code: int, message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
-
-
-def _require_writable(output: Path | None) -> None:
-    if output is None:
-        return
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        require_writable_folder(output.parent)
-    except OSError as error:
-        raise BadInputError(f"cannot write {output}: {reason(error)}; give another -o") from error
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+    return exit_code(work_and_report)
 
 
 def _model_name(given: str | None, files: ModelFiles) -> str:

@@ -6,12 +6,12 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
+
+from bench.pictures import GAIN
 
 WIDTH = 192
 """Pixels of a shown picture."""
-GAIN = 4
-"""Differences are shown that many times as large: most would be black otherwise."""
 MOST_ROWS = 12
 _GAP, _LINE, _TEXT = 8, 16, 13
 _PAPER, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (225, 225, 225)
@@ -22,9 +22,9 @@ class Cell:
     """One shown picture."""
 
     picture: Image.Image | None
-    """From `shown`; None where there is none."""
+    """`WIDTH` wide; None where there is none."""
     difference: Image.Image | None = None
-    """From `shown_difference`; None for the exact picture."""
+    """From `shown_difference`, as wide; None for the exact picture."""
     note: str = ""
     """Figures, or why there is no picture."""
 
@@ -35,18 +35,6 @@ class Row:
 
     title: str
     cells: Sequence[Cell]
-
-
-def shown(picture: Image.Image) -> Image.Image:
-    """A picture as small as the grid shows it."""
-    return picture.convert("RGB").resize(_small(picture), Image.Resampling.LANCZOS)
-
-
-def shown_difference(ours: Image.Image, theirs: Image.Image) -> Image.Image:
-    """Absolute difference, averaged over what becomes one pixel, times `GAIN`."""
-    difference = ImageChops.difference(ours.convert("RGB"), theirs.convert("RGB"))
-    small = difference.resize(_small(ours), Image.Resampling.BOX)
-    return small.point(lambda value: min(255, value * GAIN))
 
 
 def draw_grid(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Image.Image:
@@ -112,7 +100,3 @@ def _height(row: Row) -> int:
 
 def _picture_height(row: Row) -> int:
     return max((cell.picture.height for cell in row.cells if cell.picture), default=WIDTH)
-
-
-def _small(picture: Image.Image) -> tuple[int, int]:
-    return WIDTH, max(1, round(picture.height * WIDTH / picture.width))

@@ -15,14 +15,16 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 from bench.results import ResultsFileError
 from bench.timing import percentile
+from turbo.messages import reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +84,31 @@ def _flip(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
 
 def _size(picture: Image.Image) -> str:
     return f"{picture.width} x {picture.height}"
+
+
+GAIN = 8
+"""Shown differences are that many times as large: most would be black otherwise."""
+
+
+def shown(picture: Image.Image, width: int) -> Image.Image:
+    """A picture, RGB, so many pixels wide."""
+    return picture.convert("RGB").resize(_size_shown(picture, width), Image.Resampling.LANCZOS)
+
+
+def shown_difference(ours: Image.Image, theirs: Image.Image, width: int) -> Image.Image:
+    """Absolute difference, averaged over what becomes one pixel, times `GAIN`; as wide as asked.
+
+    Args:
+        ours, theirs: Of one size.
+        width: In pixels.
+    """
+    difference = ImageChops.difference(ours.convert("RGB"), theirs.convert("RGB"))
+    small = difference.resize(_size_shown(ours, width), Image.Resampling.BOX)
+    return small.point(lambda value: min(255, value * GAIN))
+
+
+def _size_shown(picture: Image.Image, width: int) -> tuple[int, int]:
+    return width, max(1, round(picture.height * width / picture.width))
 
 
 def compare_latents(ours: Tensor, theirs: Tensor) -> float:
@@ -169,10 +196,24 @@ def load_picture(results: Path, entry: Mapping[str, Any]) -> Image.Image:
 
 def _read_png(path: Path, results: Path, file: str) -> Image.Image:
     try:
+        return decode_picture(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ResultsFileError(
+            f"{results}: the picture {file!r} cannot be read: {reason(error)}"
+        ) from None
+
+
+def decode_picture(data: bytes, formats: Sequence[str] = ("PNG",)) -> Image.Image:
+    """The picture in a file's content, which may come from anyone; RGB.
+
+    Raises:
+        ValueError: It is no whole picture of these formats, or larger than Pillow allows.
+    """
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=["PNG"]) as image:
-                return image.convert("RGB")
+            with Image.open(BytesIO(data), formats=list(formats)) as picture:
+                return picture.convert("RGB")
     except (
         OSError,
         ValueError,
@@ -180,7 +221,7 @@ def _read_png(path: Path, results: Path, file: str) -> Image.Image:
         Image.DecompressionBombError,
         Image.DecompressionBombWarning,
     ) as error:
-        raise ResultsFileError(f"{results}: the picture {file!r} cannot be read: {error}") from None
+        raise ValueError(f"no whole {' or '.join(formats)} picture") from error
 
 
 def picture_sha256(image: Image.Image) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from bench.processor_time import ProcessorTime
 from bench.saved_runs import SLOWER, Judgement, SavedRuns
 
 FOLDER = Path("tests", "benchmarks")
@@ -144,14 +145,16 @@ class Benchmarks:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
         """Judge a benchmark whose own checks have passed."""
+        before = ProcessorTime.now()
         result = yield
         fixture = getattr(item, "funcargs", {}).get("benchmark")
         if fixture is not None and fixture.stats is not None:
             median_s = fixture.stats.stats.median
             baseline = self._saved.baselines.get(item.nodeid)
-            judgement = Judgement(median_s, baseline, self._tolerance)
+            others = ProcessorTime.now().others_share(before)
+            judgement = Judgement(median_s, baseline, self._tolerance, others)
             self._judged[item.nodeid] = judgement
-            fixture.extra_info["verdict"] = judgement.verdict
+            fixture.extra_info |= {"verdict": judgement.verdict, "others_share": round(others, 3)}
             if judgement.verdict == SLOWER:
                 pytest.fail(f"slower: {judgement}", pytrace=False)
         return result

@@ -1,7 +1,8 @@
 """``python -m bench quality``: each option that changes the picture against the exact run.
 
-The exact run is the plan without EasyCache in plain PyTorch. With each prompt it is made before and
-after the options, and no figure of that prompt is kept unless both are the same bit for bit. The
+The exact run is the plan without EasyCache in plain PyTorch. It is made beside the options with
+each prompt, and no figure is kept unless it gives the same picture bit for bit each time. Options
+that need an engine of their own follow one after the other: two models are in memory at most. The
 yardstick is the picture of another seed, seed + 1: "of another seed" is 0 for the exact picture and
 100 % for one that lies as far from it as the other seed's.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 from bench.arguments import Parser, without_folders
 from bench.described import describe_model
+from bench.endings import FAILED, OK, exit_code, require_writable
 from bench.machine import describe_machine
 from bench.picture_grid import MOST_ROWS, draw_grid
 from bench.quality_study import (
@@ -30,8 +32,8 @@ from bench.quality_study import (
 )
 from bench.results import FORMAT, Found, Results, describe_error
 from turbo.engine import Engine, pick_device, pick_dtype
-from turbo.errors import BadInputError, TurboError
-from turbo.messages import one_line, reason
+from turbo.errors import BadInputError
+from turbo.messages import reason
 from turbo.noise import check_seed
 from turbo.plan import DEFAULT_PLAN, ModelSettings, Plan, load_plan, plan_to_dict
 
@@ -172,17 +174,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     given = list(sys.argv[2:] if arguments is None else arguments)
-    try:
-        return _run(options, without_folders(given))
-    except Exception as error:
-        known = isinstance(error, TurboError | FailedCheckError | OSError)
-        message = str(error) if known else f"{type(error).__name__}: {error}"
-        print(f"{parser.prog}: {one_line(message, limit=None)}", file=sys.stderr)
-        return 2 if isinstance(error, BadInputError) else 1
+    return exit_code(lambda: _run(options, without_folders(given)))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m bench quality", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m bench quality", description=__doc__)
     parser.add_argument("--model", metavar="DIR", help="default: the plan's, or the built-in one")
     parser.add_argument("--plan", metavar="FILE", type=Path, help="default: the workflow's plan")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -205,6 +201,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
+    require_writable(options.output)
+    require_writable(options.grid, "--grid")
     seed = check_seed(options.seed)
     prompts = read_prompts(options.prompts_file, options.prompts)
     if options.grid is not None and options.grid.suffix.lower() != ".png":
@@ -238,10 +236,10 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     }
     results = Results(path, header)
     del results.data["parts"]
-    results.write()  # rather than find out after an hour that it cannot be
+    results.write()
     folder = None if path is None else path.with_name(f"{path.stem}-pictures")
     study = Study(plan, chosen, prompts, seed, exact, make_engine, results, folder)
-    code = _measure(study, prompts, results, options.grid)
+    code = _measure(study, results, options.grid)
     print(title(results.data))
     for line in table(results.data):
         print(line)
@@ -259,14 +257,11 @@ def _describe_model(given: str | None, engine: Engine) -> Found:
     return describe_model(engine.models, "built-in" if built_in else name) | {"built_in": built_in}
 
 
-def _measure(study: Study, prompts: Sequence[str], results: Results, grid: Path | None) -> int:
+def _measure(study: Study, results: Results, grid: Path | None) -> int:
     data = results.data
     try:
-        for number, prompt in enumerate(prompts):
-            print(f"--- prompt {number + 1} of {len(prompts)}: {one_line(prompt)}", flush=True)
-            study.run(number)
+        for _ in study.run():
             if grid is not None:
-                grid.parent.mkdir(parents=True, exist_ok=True)
                 draw_grid(title(data), study.columns, study.rows).save(grid)
     except BaseException as error:  # Ctrl-C too: what was found is kept
         if isinstance(error, FailedCheckError):
@@ -276,4 +271,4 @@ def _measure(study: Study, prompts: Sequence[str], results: Results, grid: Path 
         raise
     data["partial"] = False
     results.write()
-    return 0 if any("stages" in option for option in data["options"].values()) else 1
+    return OK if any("stages" in option for option in data["options"].values()) else FAILED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,9 +14,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench.picture_grid import Cell, Row, shown, shown_difference
-from bench.pictures import compare_latents, compare_pictures, save_picture, summary_of_values
+from bench.picture_grid import WIDTH, Cell, Row
+from bench.pictures import (
+    compare_latents,
+    compare_pictures,
+    save_picture,
+    shown,
+    shown_difference,
+    summary_of_values,
+)
 from bench.results import Found, Results
+from bench.side import SideError
 from bench.timing import Span, ratio, synchronise
 from turbo import pipeline
 from turbo.acceleration import MOST_CAPTURED_TOKENS, USUAL_BUCKETS
@@ -31,7 +40,7 @@ EXACT = {"compile": False, "capture": "eager", "kernels": False}
 ANOTHER_SEED = "another seed"
 
 
-class FailedCheckError(Exception):
+class FailedCheckError(SideError):
     """The exact run is not repeatable, so there is nothing to measure by."""
 
 
@@ -140,6 +149,10 @@ class Painter:
         self._decode = plain if tiles or models.decode is None else models.decode
         models.decode = self._watched
 
+    @property
+    def device(self) -> torch.device:
+        return self._engine.models.device
+
     def settings(self) -> Found:
         """What it runs with."""
         models, speed_ups = self._engine.models, asdict(self._engine.accelerator.speed_ups)
@@ -196,6 +209,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 class Study:
     """Runs prompts through the exact engine and all options, and fills a results file.
 
+    In memory are the exact engine and at most one other: all prompts go through one option's
+    engine, each beside the exact run of the same prompt, before the next engine is loaded.
+
     Args:
         plan: As it was given, its stages those that will run.
         options: What to compare.
@@ -205,6 +221,7 @@ class Study:
         make_engine: Makes one with other arguments of `Engine.from_pretrained`.
         results: Where figures go.
         folder: Where pictures are saved; None saves none.
+        say: Told what happens, a line at a time.
     """
 
     def __init__(
@@ -217,14 +234,16 @@ class Study:
         make_engine: Callable[..., Engine],
         results: Results,
         folder: Path | None,
+        *,
+        say: Callable[[str], None] = lambda line: print(f"--- {line}", flush=True),
     ) -> None:
-        self.rows: list[Row] = []
         self._plan, self._exact_plan = plan, without_easycache(plan)
         self._options, self._prompts, self._seed = options, prompts, seed
         self._results, self._folder = results, folder
-        self._make_engine = make_engine
+        self._make_engine, self._say = make_engine, say
         self._exact = Painter(exact, prompts)
-        self._painters: dict[str, Painter] = {}
+        self._firsts: list[Painting] = []
+        self._cells: dict[tuple[int, str], Cell] = {}
         self._found: dict[str, Found] = {option.name: self._describe(option) for option in options}
         data = self._results.data
         data["exact"] = {
@@ -241,28 +260,94 @@ class Study:
         """Headings of the grid."""
         return ["exact", *self._found, ANOTHER_SEED]
 
-    def run(self, number: int) -> None:
-        """Do one prompt and write the file.
+    @property
+    def rows(self) -> list[Row]:
+        """Of the grid: what has been made so far."""
+        made = range(len(self._results.data["exact"]["pictures"]))
+        return [
+            Row(self._prompts[number], [self._cell(number, name) for name in self.columns])
+            for number in made
+        ]
+
+    def run(self) -> Iterator[None]:
+        """Do all prompts, engine by engine; stops after each prompt, when the file is written.
 
         Raises:
             FailedCheckError: The exact run gave another picture the second time.
             TurboError: The exact run failed.
         """
+        shared = [option for option in self._options if not option.engine]
+        for option in shared:
+            self._found[option.name]["settings"] |= self._exact.settings()
+        for number in range(len(self._prompts)):
+            self._announce("the exact run", number)
+            self._run_exact(number, shared)
+            self._results.write()
+            yield
+        for option in self._options:
+            if option.engine:
+                yield from self._run_engine(option)
+
+    def _run_exact(self, number: int, options: Sequence[Option]) -> None:
+        """A prompt through the exact engine: exact, the options that run on it, exact again."""
         prompt = self._prompts[number]
-        self._make_painters()
         first = self._paint_exact(prompt, self._seed)
-        paintings = self._paint_options(prompt, number)
+        turn = number % max(1, len(options))  # each prompt begins with another option
+        paintings = {
+            option.name: painting
+            for option in [*options[turn:], *options[:turn]]
+            if (painting := self._paint(option, self._exact, prompt)) is not None
+        }
         other = self._paint_exact(prompt, (self._seed + 1) % (MAX_SEED + 1))
         again = self._paint_exact(prompt, self._seed)
         self._require_same(first, again, prompt)
         exact_s = (first.total_s + again.total_s) / 2
+        self._firsts.append(first)
         self._keep_exact(number, first, other, exact_s)
-        for option in self._options:
+        for option in options:
             if option.name in paintings:
-                with self._withheld_if_it_fails(option):
-                    self._keep(option, number, paintings[option.name], first, exact_s)
-        self.rows.append(self._row(prompt, first, paintings, other))
-        self._results.write()
+                self._keep(option, number, paintings[option.name], exact_s)
+
+    def _run_engine(self, option: Option) -> Iterator[None]:
+        """All prompts through an option's own engine, which is gone afterwards."""
+        painter = self._make_painter(option)
+        for number, prompt in enumerate(self._prompts):
+            if painter is None or "withheld" in self._found[option.name]:
+                break
+            self._announce(option.name, number)
+            # Which of the two comes first changes, so that a drift of the clock is no one's.
+            beside = self._paint_exact(prompt, self._seed) if number % 2 == 0 else None
+            painting = self._paint(option, painter, prompt)
+            beside = beside or self._paint_exact(prompt, self._seed)
+            self._require_same(self._firsts[number], beside, prompt)
+            if painting is not None:
+                self._keep(option, number, painting, beside.total_s)
+            self._results.write()
+            yield
+        del painter
+        _give_back(self._exact.device)
+
+    def _make_painter(self, option: Option) -> Painter | None:
+        """Load an option's engine, while nothing is timed."""
+        self._say(f"loading and warming up: {option.name}")
+        painter: Painter | None = None
+        with self._withheld_if_it_fails(option):
+            arguments = {**EXACT, **option.engine, "strict_speed": True}
+            painter = Painter(self._make_engine(**arguments), self._prompts)
+            self._found[option.name]["settings"] |= painter.settings()
+        return painter
+
+    def _paint(self, option: Option, painter: Painter, prompt: str) -> Painting | None:
+        """An option's picture; None if it is withheld, now or since an earlier prompt."""
+        painting: Painting | None = None
+        if "withheld" not in self._found[option.name]:
+            with self._withheld_if_it_fails(option):
+                painting = painter.paint(option.plan(self._plan), prompt, self._seed)
+        return painting
+
+    def _announce(self, what: str, number: int) -> None:
+        prompt = one_line(self._prompts[number])
+        self._say(f"{what}, prompt {number + 1} of {len(self._prompts)}: {prompt}")
 
     def withhold(self, why: str) -> None:
         """Take every figure back."""
@@ -282,33 +367,6 @@ class Study:
     def _paint_exact(self, prompt: str, seed: int) -> Painting:
         return self._exact.paint(self._exact_plan, prompt, seed)
 
-    def _make_painters(self) -> None:
-        """Load the options' engines, once and not while anything is timed."""
-        for option in self._options:
-            if option.name in self._painters or "withheld" in self._found[option.name]:
-                continue
-            with self._withheld_if_it_fails(option):
-                painter = self._exact
-                if option.engine:
-                    print(f"--- loading and warming up: {option.name}", flush=True)
-                    arguments = {**EXACT, **option.engine, "strict_speed": True}
-                    painter = Painter(self._make_engine(**arguments), self._prompts)
-                self._painters[option.name] = painter
-                self._found[option.name]["settings"] |= painter.settings()
-
-    def _paint_options(self, prompt: str, number: int) -> dict[str, Painting]:
-        """Pictures of the options that give one, each prompt beginning with another option."""
-        paintings: dict[str, Painting] = {}
-        turn = number % len(self._options)
-        for option in [*self._options[turn:], *self._options[:turn]]:
-            if option.name in self._painters:
-                with self._withheld_if_it_fails(option):
-                    painter = self._painters[option.name]
-                    paintings[option.name] = painter.paint(
-                        option.plan(self._plan), prompt, self._seed
-                    )
-        return paintings
-
     @contextlib.contextmanager
     def _withheld_if_it_fails(self, option: Option) -> Iterator[None]:
         try:
@@ -321,7 +379,6 @@ class Study:
         kept = {name: described[name] for name in ("approximate", "settings")}
         described.clear()
         described |= {**kept, "withheld": why}
-        self._painters.pop(option.name, None)
 
     def _require_same(self, first: Painting, again: Painting, prompt: str) -> None:
         check = self._results.data["exact"]["check"]
@@ -362,14 +419,22 @@ class Study:
                 **self._save(other, number, ANOTHER_SEED),
             }
         )
+        last = self._plan.stages[-1].name
+        reference, distances = exact.pictures[last], pictures[-1]["stages"][last]
+        self._cells[number, "exact"] = Cell(shown(reference, WIDTH))
+        self._cells[number, ANOTHER_SEED] = _cell(other.pictures[last], reference, distances)
         self._other["time_ratio"] = _time_ratio(pictures)  # 1 but for what disturbs the clock
         self._other["stages"] = _summary_of_stages(pictures)
 
-    def _keep(
-        self, option: Option, number: int, painting: Painting, exact: Painting, exact_s: float
+    def _keep(self, option: Option, number: int, painting: Painting, exact_s: float) -> None:
+        with self._withheld_if_it_fails(option):
+            self._keep_figures(option, number, painting, exact_s)
+
+    def _keep_figures(
+        self, option: Option, number: int, painting: Painting, exact_s: float
     ) -> None:
-        described, yardstick = self._found[option.name], self._other["pictures"][-1]["stages"]
-        stages = self._compare(painting, exact)
+        exact, yardstick = self._firsts[number], self._other["pictures"][number]["stages"]
+        described, stages = self._found[option.name], self._compare(painting, exact)
         for name, distances in stages.items():
             distances["of_another_seed"] = _shares(distances, yardstick[name])
         pictures = described.setdefault("pictures", [])
@@ -389,6 +454,9 @@ class Study:
             for name in painting.skips
         }
         described["stages"] = _summary_of_stages(pictures)
+        last = self._plan.stages[-1].name
+        cell = _cell(painting.pictures[last], exact.pictures[last], stages[last])
+        self._cells[number, option.name] = cell
 
     def _save(self, painting: Painting, number: int, name: str) -> dict[str, str]:
         if self._folder is None:
@@ -396,30 +464,24 @@ class Study:
         last = self._plan.stages[-1].name
         return save_picture(painting.pictures[last], self._folder, f"{number:03} {name}")
 
-    def _row(
-        self,
-        prompt: str,
-        exact: Painting,
-        paintings: Mapping[str, Painting],
-        other: Painting,
-    ) -> Row:
-        last = self._plan.stages[-1].name
-        reference = exact.pictures[last]
-        cells = [Cell(shown(reference))]
-        for name in self._found:
-            if "withheld" in self._found[name]:
-                cells.append(Cell(None, note=f"withheld: {self._found[name]['withheld']}"))
-                continue
-            distances = self._found[name]["pictures"][-1]["stages"][last]
-            cells.append(_cell(paintings[name].pictures[last], reference, distances))
-        distances = self._other["pictures"][-1]["stages"][last]
-        return Row(prompt, [*cells, _cell(other.pictures[last], reference, distances)])
+    def _cell(self, number: int, column: str) -> Cell:
+        withheld = self._found.get(column, {}).get("withheld")
+        if withheld is not None:
+            return Cell(None, note=f"withheld: {withheld}")
+        return self._cells.get((number, column), Cell(None, note="not made"))
+
+
+def _give_back(device: torch.device) -> None:
+    """Have the memory of what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _cell(picture: Image.Image, reference: Image.Image, distances: Found) -> Cell:
     psnr = "identical" if distances["identical"] else f"{distances['psnr_db']:.1f} dB"
     note = f"{psnr}, SSIM {distances['ssim']:.3f}"
-    return Cell(shown(picture), shown_difference(picture, reference), note)
+    return Cell(shown(picture, WIDTH), shown_difference(picture, reference, WIDTH), note)
 
 
 def _shares(ours: Found, other: Found) -> dict[str, float | None]:

@@ -8,14 +8,14 @@ from typing import Any
 
 from bench.pictures import load_picture
 from bench.results import ResultsFileError, read_results, require_same_machine
-from bench.side import Request, Round
+from bench.side import OutsideSide, Request, Round
 
 SAME = ("fingerprint", "plan", "prompt", "negative_prompt", "seed", "dtype", "device")
 CONDITIONS = ("threads", "torch")
 """Of the machine, that change times and are no part of its id."""
 
 
-class RecordedSide:
+class RecordedSide(OutsideSide):
     """One side of a results file.
 
     Args:
@@ -27,10 +27,6 @@ class RecordedSide:
     Raises:
         ResultsFileError: It cannot be used; says why.
     """
-
-    in_process = False
-    best = False
-    part = ""
 
     def __init__(
         self, path: Path, header: Mapping[str, Any], rounds: int, requests: Mapping[str, int]
@@ -55,11 +51,10 @@ class RecordedSide:
             raise ResultsFileError(
                 f"{path}: holds {held} rounds, wanted are {rounds}; use --rounds"
             )
-        self.approximate = bool(entry.get("approximate"))
+        super().__init__(f"{program}, recorded", approximate=bool(entry.get("approximate")))
         self._path = path
         self._entry = entry
         self._machine = data["machine"]
-        self.name = f"{program}, recorded"
         self._pictures = {kept["round"]: kept for kept in entry.get("pictures", [])}
         self._check = entry["check"]
 
@@ -77,10 +72,6 @@ class RecordedSide:
         """The check that the file records."""
         return {"recorded": self._check, "alternating": False}
 
-    def others(self) -> dict[str, dict[str, Any]]:
-        """Nothing besides its rounds."""
-        return {}
-
     def paint(self, request: Request) -> Round:
         """The round of this request, as it was."""
         number = self._requests[request.prompt]
@@ -93,14 +84,6 @@ class RecordedSide:
         }
         # No skips, so that its times are held against no limit but its own file's.
         return Round(seconds=seconds, image=self._picture(number))
-
-    def processes(self) -> tuple[int, ...]:
-        """None."""
-        return ()
-
-    def device_memory_gib(self) -> dict[str, float] | None:
-        """None."""
-        return None
 
     def close(self) -> None:
         """Nothing to give back."""

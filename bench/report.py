@@ -6,13 +6,13 @@ results files.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench.arguments import Parser
-from bench.results import ResultsFileError
+from bench.endings import OK, exit_code, require_writable
+from turbo.whole_file import write_whole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,15 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.output is None and options.charts is None:
         parser.error("nothing to write; give -o report.html, --charts DIR or both")
-    try:
+
+    def work() -> int:
+        require_writable(options.output)
+        require_writable(options.charts and options.charts / "stages.png", "--charts")
         _write(options.results, options.output, options.charts)
-    except ResultsFileError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename}: cannot be written: {error.strerror}", file=sys.stderr)
-        return 1
-    return 0
+        return OK
+
+    return exit_code(work)
 
 
 def _write(paths: Sequence[Path], output: Path | None, charts: Path | None) -> None:
@@ -42,10 +41,7 @@ def _write(paths: Sequence[Path], output: Path | None, charts: Path | None) -> N
     files = [ResultsFile.read(path) for path in dict.fromkeys(paths)]
     if output is not None:
         page = make_page(files)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        fresh = output.with_name(f".{output.name}.{os.getpid()}")
-        fresh.write_text(page, encoding="utf-8")
-        os.replace(fresh, output)
+        write_whole(output, page.encode())
         print(f"wrote {output} ({len(page.encode()) / 1e6:.1f} MB)")
     if charts is not None:
         from bench.reporting.png import draw_charts

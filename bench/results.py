@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import threading
 import time
@@ -12,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from turbo.whole_file import write_whole
 
 FORMAT = "turbo-bench/1"
 """What a results file says it is; `bench/schema.md` describes it."""
@@ -111,17 +112,14 @@ class Results:
         self.data: dict[str, Any] = {**header, "partial": True, "parts": {}}
 
     def write(self) -> None:
-        """Replace the file: another process sees the old or the new one, never half of one."""
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            fresh.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-            os.replace(fresh, self.path)
-        except OSError:
-            fresh.unlink(missing_ok=True)
-            raise
+        """Replace the file: another process sees the old or the new one, never half of one.
+
+        Raises:
+            SaveError: It cannot be written.
+        """
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, (json.dumps(self.data, indent=1) + "\n").encode())
 
 
 def run_parts(

@@ -73,7 +73,7 @@ def turbo_side(
         speed_ups,
         approximate=any(stage.easycache for stage in plan.resolved().stages),
         best=best,
-        buckets=subject.buckets(subject.options.rounds),
+        buckets=subject.buckets(),
     )
 
 

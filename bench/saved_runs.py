@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -20,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from turbo.messages import one_line, reason
+from turbo.whole_file import write_whole
 
 FIRST = "first"
 """Nothing was there to compare with."""
 PASSED = "passed"
 SLOWER = "slower"
 VERDICTS = (FIRST, PASSED, SLOWER)
+
+BUSY_SHARE = 0.1
+"""Of the processors, what others may use before a result says so."""
 
 _NAME = re.compile(r"(\d{4,})_[^/]*\.json")
 
@@ -47,6 +50,8 @@ class Judgement:
     baseline: Baseline | None
     tolerance: float
     """Share of the saved median by which the new one may be above it."""
+    others_share: float = 0.0
+    """Of the machine's processors, what other programs used meanwhile."""
 
     @property
     def verdict(self) -> str:
@@ -62,14 +67,21 @@ class Judgement:
 
     def __str__(self) -> str:
         if self.baseline is None:
-            return f"{shown(self.median_s)}, nothing saved to compare with"
+            return f"{shown(self.median_s)}, nothing saved to compare with{self._beside}"
         assert self.change is not None
         side = "slower" if self.change > 0 else "faster"
         allowed = f", allowed are {100 * self.tolerance:g}%" * (self.verdict == SLOWER)
         return (
             f"{shown(self.median_s)} is {abs(self.change):.1%} {side} than "
-            f"{shown(self.baseline.median_s)} of {self.baseline.file}{allowed}"
+            f"{shown(self.baseline.median_s)} of {self.baseline.file}{allowed}{self._beside}"
         )
+
+    @property
+    def _beside(self) -> str:
+        if self.others_share <= BUSY_SHARE:
+            return ""
+        again = ": measure again on an idle machine" * (self.verdict == SLOWER)
+        return f"; other programs used {self.others_share:.0%} of the processors meanwhile{again}"
 
 
 def shown(seconds: float) -> str:
@@ -104,19 +116,14 @@ class SavedRuns:
             commit: Goes into the name.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        fresh = self._folder / f".unfinished-{os.getpid()}"
-        fresh.write_text(text, encoding="utf-8")
         name = re.sub(r"[^\w.-]", "", commit) or "no-commit"
         number = max(map(_number_of, self._files()), default=0)
-        try:
-            while True:
-                number += 1
-                path = self._folder / f"{number:04}_{name}.json"
-                with contextlib.suppress(FileExistsError):
-                    os.link(fresh, path)  # unlike a rename, never over another run's file
-                    return path
-        finally:
-            fresh.unlink()
+        while True:
+            number += 1
+            path = self._folder / f"{number:04}_{name}.json"
+            with contextlib.suppress(FileExistsError):  # another run's, saved meanwhile
+                write_whole(path, text.encode(), overwrite=False)
+                return path
 
     def _files(self) -> list[Path]:
         if not self._folder.is_dir():

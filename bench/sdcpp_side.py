@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bench.child import Child
-from bench.side import MissingRivalError, Request, Round, SideError
+from bench.side import MissingRivalError, OutsideSide, Request, Round, SideError
 from bench.single_stage import only_stage, open_picture
 from turbo.model_files import ModelFiles
 from turbo.plan import Plan
@@ -42,7 +42,7 @@ _PARTS = {"prompt": "get_learned_condition", "stage": "sampling", "decode": "dec
 _TIME = r"{} completed, taking (\d+(?:\.\d+)?) ?(ms|s)\b"
 
 
-class SdcppSide:
+class SdcppSide(OutsideSide):
     """The program ``sd-cli`` (``sd`` in older versions).
 
     Args:
@@ -57,8 +57,6 @@ class SdcppSide:
         run_seconds: How long a picture may take.
     """
 
-    in_process = False
-
     def __init__(
         self,
         program: str | Path | None,
@@ -72,10 +70,7 @@ class SdcppSide:
         best: bool = False,
         run_seconds: float = 3600.0,
     ) -> None:
-        self.name = name
-        self.approximate = approximate
-        self.best = best
-        self.part = ""
+        super().__init__(name, approximate=approximate, best=best)
         self._program = program
         self._files = files
         self._stage = only_stage(plan)
@@ -120,14 +115,6 @@ class SdcppSide:
             self._scratch = Path(tempfile.mkdtemp(prefix="turbo-bench-"))
         return {}
 
-    def check(self) -> dict[str, Any]:
-        """Nothing can be told of it alone: its pictures are compared with the other sides'."""
-        return {"compared_with": "the other sides' pictures"}
-
-    def others(self) -> dict[str, dict[str, Any]]:
-        """Nothing besides its rounds."""
-        return {}
-
     def paint(self, request: Request) -> Round:
         """Make a picture.
 
@@ -149,10 +136,6 @@ class SdcppSide:
     def processes(self) -> tuple[int, ...]:
         """The program while it runs."""
         return self._child.processes() if self._child is not None else ()
-
-    def device_memory_gib(self) -> dict[str, float] | None:
-        """It does not tell."""
-        return None
 
     def close(self) -> None:
         """End the program and remove its files."""

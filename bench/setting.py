@@ -29,8 +29,8 @@ UNCAPTURED = {"captured": "eager", "compiled, captured": "compiled"}
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
-    """The model as one variant runs it."""
+class Variant:
+    """The model as one of `VARIANTS` runs it."""
 
     models: Models
     accelerator: Accelerator | None
@@ -49,7 +49,7 @@ class Setting:
         self.size = SMALL if self.small else FULL
         self.seconds = 0.1 if self.small else 1.0
         """How long a measurement is repeated for, about."""
-        self._sides: dict[str, Side] = {}
+        self._sides: dict[str, Variant] = {}
 
     @cached_property
     def model(self) -> RandomModel:
@@ -121,7 +121,7 @@ class Setting:
             "tflop_per_s": operations / 1e9 / timed["median_ms"],
         }
 
-    def side(self, variant: str) -> Side:
+    def side(self, variant: str) -> Variant:
         """The model as a variant runs it; what one part has compiled serves the next."""
         if variant not in self._sides:
             self._sides[variant] = self._make_side(variant)
@@ -132,10 +132,10 @@ class Setting:
         """What an engine does by default on CUDA; without compiling where that takes too long."""
         return "captured" if self.small else FASTEST
 
-    def _make_side(self, variant: str) -> Side:
+    def _make_side(self, variant: str) -> Variant:
         models = replace(self.model.models)
         if variant == "eager":
-            return Side(models, None)
+            return Variant(models, None)
         models.kernels = self.missing_kernels is None
         backend = "cuda-graph" if self.device.type == "cuda" else "replay"
         speed_ups = SpeedUps(
@@ -146,7 +146,7 @@ class Setting:
         )
         accelerator = Accelerator(models, speed_ups)
         accelerator.install(models)
-        return Side(models, accelerator)
+        return Variant(models, accelerator)
 
     def in_float32(self) -> contextlib.AbstractContextManager[None]:
         """Have the network calculate in float32 with the same weights: the reference."""

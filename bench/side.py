@@ -37,7 +37,7 @@ class Round:
     seconds: Mapping[str, float]
     """Part -> seconds. `total` always; where they can be told apart `prompt`, each stage by its
     name, `decode`, `png`, and `load` for weights that are read again in each round. `total` leaves
-    out `load` and `png`."""
+    out `load` and, but for `total_has_png`, `png`."""
     image: Image
     """The last stage's picture, RGB."""
     stage_images: Mapping[str, Image] = field(default_factory=dict)
@@ -50,6 +50,8 @@ class Round:
     """Stage -> (network calls saved by the step cache, calls wanted), where they can be told."""
     memory_gib: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Part -> peak device memory, `allocated` and `reserved`, where they can be told."""
+    total_has_png: bool = False
+    """Whether coding the PNG is in `total`, where a program does not tell it apart."""
     spans: int = 0
     """Times that the harness looked at a clock for this round's sake."""
 
@@ -104,3 +106,37 @@ class Side(Protocol):
 
     def close(self) -> None:
         """Give back memory, child processes, ports. May be called twice and never fails."""
+
+
+class OutsideSide:
+    """What sides have in common that are not of this process and show nothing but their pictures.
+
+    Args:
+        name: Its name in the comparison.
+        approximate: Whether its settings change the picture by more than rounding.
+        best: Whether its settings make it its fastest.
+    """
+
+    in_process = False
+
+    def __init__(self, name: str, *, approximate: bool = False, best: bool = False) -> None:
+        self.name = name
+        self.approximate = approximate
+        self.best = best
+        self.part = ""
+
+    def check(self) -> dict[str, Any]:
+        """Nothing can be told of it alone: its pictures are compared with the other sides'."""
+        return {"compared_with": "the other sides' pictures"}
+
+    def others(self) -> dict[str, dict[str, Any]]:
+        """Nothing besides its rounds."""
+        return {}
+
+    def processes(self) -> tuple[int, ...]:
+        """Not known."""
+        return ()
+
+    def device_memory_gib(self) -> dict[str, float] | None:
+        """Not known."""
+        return None

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-from io import BytesIO
-
 from PIL import Image
 
+from bench.pictures import decode_picture
 from bench.side import SideError
-from turbo.messages import one_line
 from turbo.plan import Plan, Stage
 
 
@@ -25,12 +22,9 @@ def open_picture(data: bytes, stage: Stage, program: str) -> Image.Image:
         SideError: It is no whole PNG, or of another size than was asked for.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(BytesIO(data), formats=["PNG"]) as picture:
-                image = picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
-        raise SideError(f"{program} gave no whole PNG picture ({one_line(error)})") from error
+        image = decode_picture(data)
+    except ValueError as error:
+        raise SideError(f"{program} gave {error}") from error
     if image.size != (stage.width, stage.height):
         raise SideError(
             f"{program} made a picture of {image.width}x{image.height} pixels where "

@@ -15,6 +15,8 @@ def lines_of(results: Mapping[str, Any]) -> Iterator[str]:
         if withheld:
             yield f"  no figures: {withheld}"
         yield from _time_lines(side)
+        if included := side.get("settings", {}).get("total_includes"):
+            yield f"  total includes {' and '.join(included)}; in ratios the other's PNG is added"
         yield from _memory_lines(side)
     if "withheld" in results.get("limit", {}):
         yield f"no shares of the limit: {results['limit']['withheld']}"

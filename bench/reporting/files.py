@@ -25,7 +25,7 @@ def is_piece(part: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class MeasuredSide:
     """One side of a run or comparison."""
 
     name: str
@@ -131,12 +131,12 @@ class ResultsFile:
         return bool(self.data.get("partial", False))
 
     @cached_property
-    def sides(self) -> tuple[Side, ...]:
+    def sides(self) -> tuple[MeasuredSide, ...]:
         """All sides, in the file's order."""
-        return tuple(Side(name, data) for name, data in self.data.get("sides", {}).items())
+        return tuple(MeasuredSide(name, data) for name, data in self.data.get("sides", {}).items())
 
     @property
-    def measured(self) -> tuple[Side, ...]:
+    def measured(self) -> tuple[MeasuredSide, ...]:
         """Sides whose check passed and that have a total."""
         return tuple(side for side in self.sides if side.withheld is None)
 
@@ -156,9 +156,9 @@ class ResultsFile:
             key: self.configuration.get(key)
             for key in ("model", "plan", "dtype", "device", "prompt", "negative_prompt")
         }
-        return json.dumps([self.machine["id"], same], sort_keys=True)
+        return json.dumps([self.machine["id"], self.machine.get("threads"), same], sort_keys=True)
 
-    def ratios(self) -> Iterator[tuple[Side, Side, Mapping[str, Any]]]:
+    def ratios(self) -> Iterator[tuple[MeasuredSide, MeasuredSide, Mapping[str, Any]]]:
         """(A, B, ratio of their totals) for every "A / B" of two sides with figures."""
         recorded: Mapping[str, Any] = self.data.get("ratios", {})
         for side in self.measured:

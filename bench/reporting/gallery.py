@@ -8,18 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from bench.pictures import load_picture
+from bench.pictures import GAIN, load_picture, shown, shown_difference
 from bench.reporting.files import ResultsFile
 from bench.reporting.markup import NOTHING, TIMES, figure, join, note, number, section, tag
 from bench.results import ResultsFileError
 
 WIDEST = 480
 """Pixels of an embedded picture's width at the most."""
-AMPLIFIED = 8
 MOST_ROWS = 3
 """Rounds or prompts that are shown of a file."""
 
@@ -53,8 +51,8 @@ def gallery(files: Sequence[ResultsFile]) -> Markup:
     return section("Pictures", [
         note(
             "The first picture of each row is what the others are compared with. Under each "
-            f"other one is its absolute difference from it, amplified {TIMES}{AMPLIFIED}: black "
-            f"is equal, and what differs by {255 // AMPLIFIED + 1} of 255 or more is full. PSNR "
+            f"other one is its absolute difference from it, amplified {TIMES}{GAIN}: black "
+            f"is equal, and what differs by {255 // GAIN + 1} of 255 or more is full. PSNR "
             f"and SSIM are those of the results file. Shown at most {WIDEST} pixels wide, and of "
             f"each file {MOST_ROWS} rows at most."
         ),
@@ -151,7 +149,7 @@ def _figure(
                                                        class_="missing")  # fmt: skip
     below: Markup | None = None
     if isinstance(difference, Image.Image):
-        below = _embedded(difference, f"{name}: difference from the first, {TIMES}{AMPLIFIED}")
+        below = _embedded(difference, f"{name}: difference from the first, {TIMES}{GAIN}")
     elif difference:
         below = tag("div", difference, class_="missing")
     return tag("figure", picture, tag("figcaption", caption), below)
@@ -162,15 +160,12 @@ def _difference(first: Tile, other: Tile) -> Image.Image | str:
         return "no difference: one of the two pictures is missing"
     if first.image.size != other.image.size:
         return "no difference: the pictures' sizes differ"
-    x, y = (np.asarray(tile.image, dtype=np.int16) for tile in (first, other))
-    return Image.fromarray(np.clip(np.abs(x - y) * AMPLIFIED, 0, 255).astype(np.uint8))
+    return shown_difference(other.image, first.image, min(WIDEST, first.image.width))
 
 
 def _embedded(image: Image.Image, described: str) -> Markup:
     """The picture within the page."""
-    if image.width > WIDEST:
-        height = max(1, round(image.height * WIDEST / image.width))
-        image = image.resize((WIDEST, height), Image.Resampling.LANCZOS)
+    image = shown(image, min(WIDEST, image.width))
     written = io.BytesIO()
     image.save(written, "WEBP", quality=88)
     source = f"data:image/webp;base64,{base64.b64encode(written.getvalue()).decode()}"

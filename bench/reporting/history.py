@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from bench.reporting.charts import Line, legend, lines, series_colour
-from bench.reporting.files import ResultsFile, Side, painted
+from bench.reporting.files import MeasuredSide, ResultsFile, painted
 from bench.reporting.markup import (
     Content,
     fact,
@@ -30,7 +30,7 @@ class Point:
     """A side's total in one file."""
 
     file: ResultsFile
-    side: Side
+    side: MeasuredSide
 
     @property
     def label(self) -> str:

@@ -13,7 +13,7 @@ from bench.reporting.charts import (
     bars,
     legend,
 )
-from bench.reporting.files import ResultsFile, Side, painted
+from bench.reporting.files import MeasuredSide, ResultsFile, painted
 from bench.reporting.markup import (
     NOTHING,
     figure,
@@ -44,15 +44,17 @@ def ladder(files: Sequence[ResultsFile]) -> Markup:
     ]) if shown else Markup("")  # fmt: skip
 
 
-def ladders(file: ResultsFile) -> list[list[Side]]:
+def ladders(file: ResultsFile) -> list[list[MeasuredSide]]:
     """The sides of each program that has two or more."""
-    programs: dict[str, list[Side]] = {}
+    programs: dict[str, list[MeasuredSide]] = {}
     for side in file.measured:
         programs.setdefault(side.program, []).append(side)
     return [rungs for rungs in programs.values() if len(rungs) > 1]
 
 
-def rung_ratio(file: ResultsFile, rung: Side, first: Side) -> Mapping[str, Any] | None:
+def rung_ratio(
+    file: ResultsFile, rung: MeasuredSide, first: MeasuredSide
+) -> Mapping[str, Any] | None:
     """The rung's time over the first one's: as the file has it, or else round by round."""
     for side, other, found in file.ratios():
         if side is rung and other is first:
@@ -62,7 +64,7 @@ def rung_ratio(file: ResultsFile, rung: Side, first: Side) -> Mapping[str, Any] 
     return ratio(ours, theirs) if fits else None
 
 
-def switches(rung: Side, above: Side | None) -> list[str]:
+def switches(rung: MeasuredSide, above: MeasuredSide | None) -> list[str]:
     """What differs in the settings from the rung above."""
     now, before = rung.entry("settings"), above.entry("settings") if above else {}
     return [
@@ -72,7 +74,7 @@ def switches(rung: Side, above: Side | None) -> list[str]:
     ]
 
 
-def _ladder_figure(file: ResultsFile, rungs: Sequence[Side]) -> Markup:
+def _ladder_figure(file: ResultsFile, rungs: Sequence[MeasuredSide]) -> Markup:
     rows, cells = [], []
     for at, rung in enumerate(rungs):
         total = rung.times["total"]

@@ -20,6 +20,7 @@ from bench.reporting.markup import (
     table,
     tag,
 )
+from bench.servers import ANOTHER_MACHINE
 from bench.timing import percentile
 
 PERCENTS = (50, 80, 90, 95, 99)
@@ -75,6 +76,11 @@ def _warnings(file: ResultsFile) -> Markup | None:
     found: list[Content] = [
         tag("li", f"{count} requests failed: {message}") for message, count in errors.items()
     ]
+    if file.configuration.get("server_machine") == ANOTHER_MACHINE:
+        found.append(
+            tag("li", "the server is on another machine than the one named here, which sent the "
+                "requests: the network's time is in the figures")
+        )  # fmt: skip
     if late.get("share", 0) > LATE_SHARE:
         found.append(
             tag("li", f"the generator sent {percent(late['share'])} of the requests late, "

@@ -15,7 +15,7 @@ from bench.reporting.charts import (
     lines,
     part_colours,
 )
-from bench.reporting.files import OUTSIDE_TOTAL, ResultsFile, Side, painted
+from bench.reporting.files import OUTSIDE_TOTAL, MeasuredSide, ResultsFile, painted
 from bench.reporting.markup import (
     NOTHING,
     Content,
@@ -53,7 +53,7 @@ def _memory_figure(file: ResultsFile) -> Markup:
     )
 
 
-def _timelines(sides: Sequence[Side]) -> Markup:
+def _timelines(sides: Sequence[MeasuredSide]) -> Markup:
     """A chart a side, all on one scale."""
     points = {side.name: side.entry("memory")["timeline"] for side in sides}
     every = [point for line in points.values() for point in line]
@@ -73,7 +73,7 @@ def _timelines(sides: Sequence[Side]) -> Markup:
     )  # fmt: skip
 
 
-def _plot(side: Side, colours: Mapping[str, str], end: float, top: float) -> Markup:
+def _plot(side: MeasuredSide, colours: Mapping[str, str], end: float, top: float) -> Markup:
     points = side.entry("memory")["timeline"]
     drawn = [Line("host", [(when, host) for when, host, _, _ in points], "series-1")]
     on_device = [(when, device) for when, _, device, _ in points]
@@ -105,7 +105,7 @@ def _stretches(points: Sequence[Sequence[Any]], colours: Mapping[str, str]) -> l
     return found
 
 
-def _by_part(side: Side) -> Iterator[list[Content]]:
+def _by_part(side: MeasuredSide) -> Iterator[list[Content]]:
     highest: dict[str, list[float | None]] = {}
     for _, host, device, part in side.entry("memory")["timeline"]:
         so_far = highest.setdefault(part or NOTHING, [None, None])
@@ -116,7 +116,7 @@ def _by_part(side: Side) -> Iterator[list[Content]]:
         yield [side.name, part, *map(number, values)]
 
 
-def _peaks(side: Side) -> list[Content] | None:
+def _peaks(side: MeasuredSide) -> list[Content] | None:
     found = side.entry("memory")
     device = {stage: entry for stage, entry in (found.get("device") or {}).items() if entry}
     if found.get("host_peak_gib") is None and not device:

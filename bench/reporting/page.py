@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bench.reporting.files import VERSIONS, ResultsFile, Side, newest_of_each, painted
+from bench.reporting.files import VERSIONS, MeasuredSide, ResultsFile, newest_of_each, painted
 from bench.reporting.gallery import gallery
 from bench.reporting.history import history
 from bench.reporting.ladder import ladder
@@ -240,7 +240,7 @@ def _raw_file(file: ResultsFile) -> Markup:
     )
 
 
-def _settings(side: Side) -> list[Content]:
+def _settings(side: MeasuredSide) -> list[Content]:
     overhead = side.data.get("overhead_share")
     clocks = NOTHING if overhead is None else f"{100 * overhead:.2g} %"
     return [*(plain(side.entry(name)) or NOTHING for name in ("settings", "check")), clocks]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.reporting.charts import part_colours
-from bench.reporting.files import ResultsFile, Side, newest_of_each, painted
+from bench.reporting.files import MeasuredSide, ResultsFile, newest_of_each, painted
 from bench.reporting.ladder import ladders, rung_ratio, switches
 from bench.reporting.markup import milliseconds
 from bench.reporting.sides import ratio_text
@@ -55,7 +55,9 @@ def draw_charts(files: Sequence[ResultsFile], folder: Path) -> Iterator[tuple[Pa
         yield folder / name, None if panels else missing
 
 
-def _write(path: Path, panels: Sequence[tuple[ResultsFile, Sequence[Side]]], draw: Any) -> None:
+def _write(
+    path: Path, panels: Sequence[tuple[ResultsFile, Sequence[MeasuredSide]]], draw: Any
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,7 +96,7 @@ def _title(file: ResultsFile) -> str:
     return _short(shown, MOST_LETTERS["title"]) + ": seconds a picture, median"
 
 
-def _tidy(axis: Any, sides: Sequence[Side]) -> None:
+def _tidy(axis: Any, sides: Sequence[MeasuredSide]) -> None:
     axis.set_yticks(range(len(sides)), [_marked(side) for side in sides], color=INK)
     axis.set_ylim(len(sides) - 0.5, -0.5)
     axis.set_xlim(0, axis.dataLim.x1)  # the layout makes room for the labels behind the bars
@@ -105,13 +107,13 @@ def _tidy(axis: Any, sides: Sequence[Side]) -> None:
         spine.set_color(RULE)
 
 
-def _marked(side: Side) -> str:
+def _marked(side: MeasuredSide) -> str:
     kind = "approximate" if side.approximate else "exact"
     best = ", its best" if side.data.get("best") else ""
     return f"{_short(side.name, MOST_LETTERS['side'])}\n{kind}{best}"
 
 
-def _stages(axis: Any, file: ResultsFile, sides: Sequence[Side]) -> None:
+def _stages(axis: Any, file: ResultsFile, sides: Sequence[MeasuredSide]) -> None:
     names = list(dict.fromkeys(part for side in sides for part in side.parts_ms))
     names.sort(key=lambda name: name == "other")
     colours = part_colours(names)
@@ -138,7 +140,7 @@ def _stages(axis: Any, file: ResultsFile, sides: Sequence[Side]) -> None:
     legend.set_in_layout(False)  # many parts must not push the bars aside
 
 
-def _ladder(axis: Any, file: ResultsFile, sides: Sequence[Side]) -> None:
+def _ladder(axis: Any, file: ResultsFile, sides: Sequence[MeasuredSide]) -> None:
     for at, side in enumerate(sides):
         total = side.times["total"]
         approximate = side.approximate

@@ -11,7 +11,7 @@ from bench.reporting.charts import (
     Bar,
     Segment,
 )
-from bench.reporting.files import Side
+from bench.reporting.files import MeasuredSide
 from bench.reporting.markup import (
     badge,
     join,
@@ -20,7 +20,7 @@ from bench.reporting.markup import (
 )
 
 
-def side_name(side: Side) -> Markup:
+def side_name(side: MeasuredSide) -> Markup:
     """A side's name with its marks."""
     return tag(
         "span",

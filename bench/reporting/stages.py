@@ -13,7 +13,7 @@ from bench.reporting.charts import (
     legend,
     part_colours,
 )
-from bench.reporting.files import ResultsFile, Side, painted
+from bench.reporting.files import MeasuredSide, ResultsFile, painted
 from bench.reporting.markup import (
     NOTHING,
     Content,
@@ -23,6 +23,7 @@ from bench.reporting.markup import (
     milliseconds,
     note,
     number,
+    plain,
     section,
     tag,
 )
@@ -60,6 +61,7 @@ def _stage_figure(file: ResultsFile) -> Markup:
         groups,
         [tag("p", f"{side.name}: no figures, because {side.withheld}", class_="warning")
          for side in file.sides if side.withheld],
+        [note(sentence) for sentence in included_sentences(file.measured)],
         figures(
             ["side", "total", "p20 to p80", "p95", "rounds", *names],
             (_stage_row(side, names) for side in file.measured),
@@ -67,9 +69,20 @@ def _stage_figure(file: ResultsFile) -> Markup:
     )  # fmt: skip
 
 
-def _grouped(sides: Sequence[Side]) -> dict[str, list[Side]]:
+def included_sentences(sides: Sequence[MeasuredSide]) -> list[str]:
+    """What is in some sides' totals that others leave out."""
+    included = {side.name: side.entry("settings").get("total_includes") for side in sides}
+    return [
+        f"The total of {name} includes {' and '.join(map(plain, parts))}, which its program does "
+        "not tell apart; for the ratios the other side's PNG is added to its total."
+        for name, parts in included.items()
+        if isinstance(parts, list)
+    ]
+
+
+def _grouped(sides: Sequence[MeasuredSide]) -> dict[str, list[MeasuredSide]]:
     """Sides that may be compared as they are, apart from each program's fastest setting."""
-    groups: dict[str, list[Side]] = {SHARED: [], BEST: [], APPROXIMATE: []}
+    groups: dict[str, list[MeasuredSide]] = {SHARED: [], BEST: [], APPROXIMATE: []}
     for side in sides:
         if side.data.get("best"):
             groups[BEST].append(side)
@@ -79,7 +92,7 @@ def _grouped(sides: Sequence[Side]) -> dict[str, list[Side]]:
     return {title: group for title, group in groups.items() if group}
 
 
-def _stage_bar(file: ResultsFile, side: Side, colours: Mapping[str, str]) -> Bar:
+def _stage_bar(file: ResultsFile, side: MeasuredSide, colours: Mapping[str, str]) -> Bar:
     segments = [
         Segment(name, ms / 1000, milliseconds(ms), colours[name])
         for name, ms in side.parts_ms.items()
@@ -92,7 +105,7 @@ def _stage_bar(file: ResultsFile, side: Side, colours: Mapping[str, str]) -> Bar
     return Bar(heading, f"{side.name}: total {total}; {spoken}", segments)
 
 
-def ratio_sentences(file: ResultsFile, side: Side) -> list[str]:
+def ratio_sentences(file: ResultsFile, side: MeasuredSide) -> list[str]:
     """What other programs take of this side's time, as the file has it.
 
     Sides of one program are compared by the ladder, unless there is nothing else.
@@ -105,7 +118,7 @@ def ratio_sentences(file: ResultsFile, side: Side) -> list[str]:
     ]
 
 
-def _stage_row(side: Side, names: Sequence[str]) -> list[Content]:
+def _stage_row(side: MeasuredSide, names: Sequence[str]) -> list[Content]:
     total = side.times["total"]
     p95 = milliseconds(total["p95_ms"]) if "p95_ms" in total else NOTHING
     parts = side.parts_ms

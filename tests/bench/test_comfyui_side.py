@@ -289,6 +289,14 @@ def test_a_diffusers_folder_is_nothing_for_comfyui(files, tmp_path):
 # ---------------------------------------------------------------- a server that runs already
 
 
+def test_a_server_behind_a_tunnel_is_refused(server, files):
+    stats = {"system": {"ram_total": 2**50}}
+    server.overrides["/system_stats"] = lambda: (200, json.dumps(stats).encode())
+    with pytest.raises(MissingRivalError, match="it runs elsewhere") as caught:
+        ComfyUISide(files, DEFAULT_PLAN, url=server.url).start()
+    line_of(caught)
+
+
 def test_a_given_servers_caches_are_emptied_before_the_first_picture(files, server):
     side = ComfyUISide(files, DEFAULT_PLAN, url=server.url)
     assert side.start() == {}
@@ -374,6 +382,6 @@ def test_settings_tell_versions_and_needs_but_no_folders(files, server):
     side.start()
     settings = side.settings()
     assert (settings["version"], settings["torch"]) == ("0.8.0", "2.13.0")
-    assert settings["arguments"] == ["main.py", "--port", "1", "--output-directory", "out"]
+    assert settings["arguments"] == ["main.py", "--port", "…", "--output-directory", "…"]
     assert "ComfyUI-EulerDiscreteScheduler" in settings["needs"].values()
     assert side.device_memory_gib() is None

@@ -20,13 +20,19 @@ def path(tmp_path: Path) -> Path:
     )
 
 
+def named(found: dict[str, dict[str, Any]], start: str) -> dict[str, Any]:
+    """The one entry whose name begins so."""
+    [entry] = [entry for name, entry in found.items() if name.startswith(f"{start} [")]
+    return entry
+
+
 def entries(path: Path) -> dict[str, dict[str, Any]]:
     return {entry["name"]: entry for entry in github_action(ResultsFile.read(path))}
 
 
 def test_each_part_of_each_side_is_an_entry_with_its_median_and_spread(path: Path):
     data = json.loads(path.read_text())["sides"]["diffusers"]["times"]["stage3"]
-    entry = entries(path)["diffusers / stage3 [5a3b1ec0ffee]"]
+    entry = named(entries(path), "diffusers / stage3")
     assert (entry["unit"], entry["value"]) == ("ms", data["median_ms"])
     assert entry["range"] == f"p20 {data['p20_ms']:.6g} .. p80 {data['p80_ms']:.6g}"
     assert "commit: 1234567890ab" in entry["extra"]
@@ -35,8 +41,8 @@ def test_each_part_of_each_side_is_an_entry_with_its_median_and_spread(path: Pat
 
 def test_memory_is_exported_in_gib(path: Path):
     found = entries(path)
-    assert found["turbo / host memory [5a3b1ec0ffee]"]["value"] == 2.2
-    reserved = found["turbo / stage3, device memory reserved [5a3b1ec0ffee]"]
+    assert named(found, "turbo / host memory")["value"] == 2.2
+    reserved = named(found, "turbo / stage3, device memory reserved")
     assert (reserved["unit"], reserved["value"]) == ("GiB", 15.0)
 
 
@@ -55,6 +61,38 @@ def test_names_stay_the_same_from_commit_to_commit_and_differ_between_machines(t
     )
     assert first.keys() == second.keys()
     assert not first.keys() & elsewhere.keys()
+
+
+def test_a_name_says_what_was_measured_and_how(path: Path):
+    name = named(entries(path), "turbo, compiled / total")["name"]
+    assert name.startswith(
+        "turbo, compiled / total [sample-512, float32, cpu, 176x224, 2 threads, compile, "
+        "capture replay, machine 5a3b1ec0ffee, key "
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"configuration": {"dtype": "bfloat16"}},
+        {"configuration": {"device": "cuda"}},
+        {"configuration": {"model": {"name": "sample-512", "fingerprint": "0ther"}}},
+        {"configuration": {"plan": {"generation": {"stage1": {"height": 448, "width": 352}}}}},
+        {"machine": {"threads": 4}},
+        {"settings": {"compile": True}},
+        {"settings": {"attention": "another"}},
+    ],
+)
+def test_no_two_configurations_share_a_name(tmp_path: Path, change: dict[str, Any]):
+    def names(change: dict[str, Any]) -> set[str]:
+        data = samples.run("a", "2026-11-20T10:00:00+00:00", 1.0)
+        places = {**data, "settings": data["sides"]["turbo"]["settings"]}
+        for place, values in change.items():
+            places[place] |= values
+        return set(entries(samples.write(tmp_path, "x.json", data)))
+
+    assert names({}) == names({"settings": {"torch": "9.9"}})
+    assert not names({}) & names(change)
 
 
 def test_the_command_writes_a_list_and_names_what_it_left_out(
@@ -97,10 +135,3 @@ def test_a_file_without_any_figures_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 def test_another_kind_of_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "holds 'load' results" in refused(tmp_path, samples.load(), capsys)
-
-
-def test_a_file_that_cannot_be_written_is_a_failure(
-    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    assert main([str(path), "--github-action", "-o", str(tmp_path / "no" / "out.json")]) == 1
-    assert "cannot be written" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import signal
 import socket
 import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -20,7 +21,7 @@ import scipy.stats
 from PIL import Image
 
 import bench.__main__
-from bench import load
+from bench import load, load_targets
 from bench.arguments import without_folders
 from bench.arrivals import (
     Clock,
@@ -31,7 +32,9 @@ from bench.arrivals import (
     poisson_arrivals,
     send_all,
 )
-from bench.load_targets import prompt_of
+from bench.load_targets import ServerTarget, prompt_of
+from bench.reporting.files import ResultsFile
+from bench.reporting.page import make_page
 from bench.results import read_results
 from tests.bench.fake_images_server import FakeImagesServer, painted, png, running
 from turbo.engine import Engine
@@ -310,17 +313,34 @@ def test_a_truncated_picture_is_an_error(server, tmp_path):
     assert data["errors"] == {"the answer's picture cannot be decoded": 1}
 
 
-def test_a_hanging_server_is_given_up_and_later_requests_are_sent(server, tmp_path):
+def test_a_hanging_server_is_given_up_and_the_other_requests_are_answered(server):
     def answer(body, number):
-        if number == 2:
+        if body["seed"] == 2:
             server.released.wait()
         return painted(body)
 
+    class Leaping(Clock):
+        """Ahead by an hour once all requests but the one are over."""
+
+        def now(self) -> float:
+            is_time = all(record.is_over for record in records if record.number != 2)
+            return super().now() + 3600 * is_time
+
     server.answer = answer
-    code, data = run(server, tmp_path / "load.json", "--timeout", "0.5")
-    assert code == 0
-    assert data["errors"] == {"nothing within 0.5 s": 1}
-    assert data["completed"] == len(data["requests"]) - 1
+    clock, records = Leaping(), [Record(number, 0.0) for number in range(6)]
+    target = ServerTarget(server.url, (16, 32), clock, seed=0, timeout_s=600)
+    send_all(records, target, clock, timeout_s=600)
+    assert [record.number for record in records if record.is_good] == [0, 1, 3, 4, 5]
+    assert records[2].error == "nothing within 600 s"
+
+
+def test_an_answer_that_does_not_come_is_not_waited_for(server):
+    server.answer = lambda body, number: server.released.wait() and None
+    record = Record(0, 0.0)
+    ServerTarget(server.url, (16, 32), Clock(), seed=0, timeout_s=0.05).submit(record)
+    while not record.is_over:
+        time.sleep(0.01)
+    assert record.error == "nothing within 0.05 s"
 
 
 def test_a_server_that_dies_leaves_the_numbers_from_before(tmp_path):
@@ -336,6 +356,17 @@ def test_a_server_that_dies_leaves_the_numbers_from_before(tmp_path):
         assert code == 0
     assert 0 < data["completed"] < len(data["requests"])
     assert sum(data["errors"].values()) == len(data["requests"]) - data["completed"]
+
+
+def test_a_run_says_on_which_machine_the_server_is(server, tmp_path, monkeypatch, capsys):
+    _, here = run(server, tmp_path / "here.json")
+    monkeypatch.setattr(load_targets, "is_here", lambda url: False)
+    _, elsewhere = run(server, tmp_path / "elsewhere.json")
+    machines = [data["configuration"]["server_machine"] for data in (here, elsewhere)]
+    assert machines == ["this one", "another one"]
+    assert capsys.readouterr().out.count("the server is on another machine") == 1
+    page = make_page([ResultsFile.read(tmp_path / "elsewhere.json")])
+    assert "the server is on another machine than the one named here" in page
 
 
 def test_a_run_without_an_answer_fails(server, tmp_path, capsys):
@@ -501,14 +532,14 @@ def test_options_that_do_not_fit_are_refused(arguments):
     assert caught.value.code == 2
 
 
-def test_a_results_file_that_cannot_be_written_is_refused_first(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    output = str(tmp_path / "file" / "load.json")
-    assert load.main(["--rate", "1", "--duration", "9", "-o", output]) == 2
-    assert "give another -o" in capsys.readouterr().err
-
-
 def test_folders_and_names_of_servers_are_left_out_of_the_results():
     given = ["--model", "/home/me/models", "--plan=/home/me/plan.yaml", "--url", "http://host/x"]
     assert without_folders(given) == ["--model", "models", "--plan=plan.yaml", "--url", "URL"]
     assert without_folders(["--rate", "1", "-o", "l.json"]) == ["--rate", "1", "-o", "l.json"]
+    assert without_folders(["-o/home/me/l.json", "--only", "a"]) == ["-ol.json", "--only", "a"]
+
+
+def test_prompts_are_kept_whatever_stands_in_them():
+    prompt = "a/b testing, 1/2 cat http://host/x"
+    for given in (["--prompt", prompt], [f"--prompt={prompt}"], ["--negative", prompt]):
+        assert without_folders(["--plan", "/tmp/plan", *given]) == ["--plan", "plan", *given]

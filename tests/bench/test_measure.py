@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bench.measure import Comparison
+from bench.measure import Comparison, ratios_of
 from bench.recorded_side import RecordedSide
 from bench.results import FORMAT, Results, ResultsFileError
-from bench.side import MissingRivalError, Request, SideError
+from bench.side import MissingRivalError, Request, Round, SideError
 from bench.table import lines_of
 from tests.bench.sides import FakeSide, picture
 
@@ -45,6 +45,17 @@ def compare(
     results = Results(path, HEADER)
     Comparison(sides, request, results, say=lambda line: None, **options).run(rounds)
     return results.data
+
+
+def test_a_total_with_the_png_in_it_is_held_against_one_with_the_png_added():
+    image = picture(5)
+    ours = Round(seconds={"total": 1.0, "png": 0.5, "stage1": 0.7}, image=image)
+    server = Round(seconds={"total": 3.0}, image=image, total_has_png=True)
+    assert ratios_of([(ours, server)])["total"]["median"] == 0.5
+    assert ratios_of([(server, ours)])["total"]["median"] == 2.0
+    assert ratios_of([(ours, ours)])["total"]["median"] == 1.0
+    untold = Round(seconds={"total": 1.0, "stage1": 0.7}, image=image)
+    assert ratios_of([(untold, server)]) == {}
 
 
 def test_sides_alternate_in_turned_order_and_each_round_asks_all_for_the_same_picture():

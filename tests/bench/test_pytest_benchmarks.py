@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import turbo.engine  # noqa: F401  (kept imported: a run in this process forgets what it imports)
 from bench.machine import describe_machine, machine_id
-from bench.saved_runs import Baseline, Judgement, SavedRuns, shown
+from bench.processor_time import ProcessorTime
+from bench.saved_runs import SLOWER, Baseline, Judgement, SavedRuns, shown
 from tests.conftest import REPOSITORY
 
 pytest_plugins = ["pytester"]
@@ -204,7 +207,8 @@ def test_a_run_holds_machine_versions_and_extra_information(project: Project):
     assert data["machine_info"]["torch"] == describe_machine()["torch"]
     assert "node" not in data["machine_info"]
     planted = data["benchmarks"][1]
-    assert planted["extra_info"] == {"stage1": 0.25, "verdict": "first"}
+    assert {"stage1": 0.25, "verdict": "first"}.items() < planted["extra_info"].items()
+    assert 0 <= planted["extra_info"]["others_share"] <= 1
     assert planted["stats"]["data"] == [1.0] * 5
 
 
@@ -362,3 +366,27 @@ def test_two_runs_at_once_do_not_write_over_each_other(tmp_path: Path):
     paths = [one.save("{}", "abc"), other.save("{}", "abc"), one.save("{}", "a/b c")]
     assert [path.name for path in paths] == ["0001_abc.json", "0002_abc.json", "0003_abc.json"]
     assert len(list((tmp_path / "here").iterdir())) == 3
+
+
+def test_what_other_programs_use_is_all_but_our_own():
+    before = ProcessorTime(passed_s=10.0, all_s=100.0, ours_s=5.0, processors=2)
+    after = ProcessorTime(passed_s=20.0, all_s=118.0, ours_s=14.0, processors=2)
+    assert after.others_share(before) == 9 / 20
+    assert before.others_share(before) == 0
+
+
+def test_our_own_work_is_not_the_others():
+    before, begin = ProcessorTime.now(), time.process_time()
+    while time.process_time() < begin + 0.2:
+        pass
+    after = ProcessorTime.now()
+    assert after.ours_s - before.ours_s >= 0.15  # the system counts in hundredths
+    assert 0 <= after.others_share(before) <= 1
+
+
+def test_a_slower_median_beside_others_says_so():
+    judged = Judgement(1.5, Baseline(1.0, "0001_abc.json"), 0.1, others_share=0.7)
+    assert judged.verdict == SLOWER
+    assert str(judged).endswith("used 70% of the processors meanwhile: measure again on an idle "
+                                "machine")  # fmt: skip
+    assert "other programs" not in str(replace(judged, others_share=0.05))

@@ -93,6 +93,7 @@ def test_a_picture_comes_with_the_requests_wall_time(server):
     picture = side_of(server).paint(REQUEST)
     assert list(picture.seconds) == ["total"]
     assert picture.seconds["total"] > 0
+    assert picture.total_has_png
     assert (picture.image.size, picture.image.mode) == ((672, 864), "RGB")
 
 
@@ -115,6 +116,7 @@ def test_the_single_stage_is_asked_for(server):
 def test_settings_name_the_model_without_its_folder(server):
     settings = side_of(server).settings()
     assert (settings["model"], settings["dit_precision"]) == ("Z-Image-Turbo", "bf16")
+    assert settings["total_includes"] == ["coding the PNG", "its transfer"]
 
 
 @pytest.mark.parametrize(
@@ -122,11 +124,11 @@ def test_settings_name_the_model_without_its_folder(server):
     [
         (400, b'{"error": {"message": "size is\\nwrong"}}', "status 400: size is wrong"),
         (422, b'{"detail": "no such model"}', "status 422: no such model"),
-        (500, b"<html>", "status 500: no reason given"),
-        (200, b"<html>", "no picture as b64_json"),
-        (200, b'{"data": [{"url": "http://elsewhere/1.png"}]}', "no picture as b64_json"),
-        (200, answer_with(b"no picture"), "no whole PNG picture"),
-        (200, answer_with(png(64, 64)), "64x64 pixels where 672x864"),
+        (500, b"<html>", "status 500"),
+        (200, b"<html>", "the answer is no JSON object"),
+        (200, b'{"data": [{"url": "http://elsewhere/1.png"}]}', "no data[0].b64_json"),
+        (200, answer_with(b"no picture"), "picture cannot be decoded"),
+        (200, answer_with(png(64, 64)), "a picture of 64x64 came, asked for was 672x864"),
     ],
 )
 def test_an_answer_that_is_no_picture_is_one_line(server, status, body, message):

@@ -19,6 +19,7 @@ from bench.described import fingerprint
 from bench.diffusers_modules import diffusers_network
 from bench.diffusers_side import DiffusersSide
 from bench.model import main as write_model
+from bench.options import Subject
 from bench.random_model import SMALL
 from bench.side import Request, Round, SideError
 from bench.turbo_side import LoadedModel, TurboSide
@@ -72,6 +73,36 @@ def test_diffusers_shares_turbos_weights(loaded: LoadedModel):
     theirs = dict(diffusers_network(transformer).named_parameters())
     ours = transformer.native_tensors()["x_embedder.weight"]
     assert theirs["all_x_embedder.2-1.weight"].data_ptr() == ours.data_ptr()
+
+
+def test_diffusers_gives_no_time_of_a_picture_beside_which_it_compiled(loaded: LoadedModel):
+    longer = replace(REQUEST, prompt="a lighthouse " * 20)  # padded to another length
+    one_stage = replace(EXACT, stages=EXACT.stages[:1])
+    for warm_up in ([], [longer]):
+        torch._dynamo.reset()  # what was compiled serves every side in this process
+        side = DiffusersSide(loaded, one_stage, compiled=True, warm_up=warm_up, backend="eager")
+        side.start()
+        side.paint(REQUEST)
+        side.paint(REQUEST)
+        if warm_up:
+            assert side.paint(longer).seconds["total"] > 0
+        else:
+            with pytest.raises(SideError, match="were compiled in a picture that was timed"):
+                side.paint(longer)
+
+
+def test_warming_up_asks_once_for_every_pair_of_lengths_that_the_first_picture_lacks(
+    loaded: LoadedModel,
+):
+    prompt = "a lighthouse"
+    while len(loaded.engine.models.tokenizer.encode_prompt(f"{prompt}, take 9")) % 32:
+        prompt += "x"  # until one character more makes the padded length larger
+    options = Namespace(prompt=prompt, negative="", seed=1, rounds=12)
+    subject = Subject(options=options, loaded=loaded, plan=EXACT)
+    assert [one.prompt for one in subject.warm_up_requests()] == [f"{prompt}, take 10"]
+    assert len(subject.buckets()) == 3  # the negative prompt's, and two of the prompt
+    options.rounds = 9
+    assert subject.warm_up_requests() == []
 
 
 def test_no_sampler_thread_outlives_a_picture_that_fails(loaded: LoadedModel):
@@ -230,7 +261,7 @@ def test_unknown_sides_and_baselines_are_refused_with_the_known_ones(
 def test_a_process_to_its_picture_is_timed(plan_file: Path):
     options = Namespace(
         prompt="a", negative="b", seed=1, device="cpu", dtype="auto", model=None, tokenizer=None,
-        plan=str(plan_file),
+        plan=str(plan_file), quantize="auto",
     )  # fmt: skip
     assert compare.cold_start(options)["process to picture"] > 0
     options.plan = "nowhere.yaml"
@@ -249,5 +280,4 @@ def test_the_medium_model_is_written_in_both_layouts_with_equal_weights(
         for layout in ("comfyui", "diffusers")
     ]
     assert prints[0] == prints[1]
-    with pytest.raises(SystemExit):
-        write_model([str(tmp_path / "comfyui"), "--size", "tiny"])
+    assert write_model([str(tmp_path / "comfyui"), "--size", "tiny"]) == 2
