@@ -19,6 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from turbo import gguf_file
 from turbo.errors import CheckpointError
 from turbo.header import Header, TensorEntry, one_line, shorten, some_names
 
@@ -217,6 +218,8 @@ class _Finder:
     def _wants_scale(self, key: str, is_scaled: bool) -> bool:
         """Float8 alone may be plain values; integers never are a weight's."""
         dtype = self._entry(key).dtype
+        if self.headers[self.files[key]].format == gguf_file.FORMAT:
+            return False  # whose integers are refused as they are
         return dtype == "I8" or (is_scaled and dtype in FLOAT8)
 
     def _entry(self, key: str) -> TensorEntry:
