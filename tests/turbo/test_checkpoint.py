@@ -424,9 +424,8 @@ def test_a_broken_index_is_refused(content: str, tmp_path: Path):
 
 def test_a_folder_with_pickles_alone_says_what_is_there(tmp_path: Path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    with pytest.raises(
-        CheckpointError, match=r"no \.safetensors file \(there: pytorch_model\.bin\)"
-    ):
+    message = r"no \.safetensors or \.gguf file \(there: pytorch_model\.bin\)"
+    with pytest.raises(CheckpointError, match=message):
         open_folder(NETWORK, tmp_path)
 
 
