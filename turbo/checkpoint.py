@@ -50,6 +50,9 @@ from turbo.scales import find_scales
 
 _MAPPED_BYTES = 16 << 20
 _CHUNK_BYTES = 8 << 20
+_DECODED_BYTES = 2 << 20
+"""As float32, of what is made into floats on the way: as much as caches hold takes a third of the
+time (44 million values of Q8_0: 0.16 against 0.51 s on one AMD EPYC core)."""
 _LARGEST_JSON = 64 << 20
 
 _READABLE_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -575,7 +578,7 @@ def _readable(header: Header, key: str) -> TensorEntry:
 
 
 def _row_chunks(source: _Source) -> list[tuple[int, int]]:
-    """Cut a tensor into runs of rows of about `_CHUNK_BYTES`, as read and in float32 if it will be.
+    """Cut a tensor into runs of rows of about `_CHUNK_BYTES`, or `_DECODED_BYTES` in float32.
 
     So no mapping grows large, and no copy. A vector's runs are whole blocks of every quantisation.
     """
@@ -584,7 +587,8 @@ def _row_chunks(source: _Source) -> list[tuple[int, int]]:
         return [(0, 1)]
     is_decoded = source.scale is not None or entry.dtype not in _READABLE_DTYPES
     width = _FLOAT32_BYTES if is_decoded else _READABLE_DTYPES[entry.dtype]
-    step = max(1, _CHUNK_BYTES // max(1, math.prod(entry.shape[1:]) * width))
+    chunk = _DECODED_BYTES if is_decoded else _CHUNK_BYTES
+    step = max(1, chunk // max(1, math.prod(entry.shape[1:]) * width))
     return [(row, min(row + step, entry.shape[0])) for row in range(0, entry.shape[0], step)]
 
 
