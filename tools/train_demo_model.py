@@ -78,7 +78,7 @@ class Amounts:
 
 
 WHOLE = Amounts(
-    autoencoder=Schedule(steps=2000, rate=2e-3),
+    autoencoder=Schedule(steps=3000, rate=2e-3),
     network=Schedule(steps=2600, rate=1.5e-3, warm_up=100),
     lora=Schedule(steps=250, rate=2e-3, warm_up=20, ema=0.98),
     scenes=(6000, 1200, 200),
