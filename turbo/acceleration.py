@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -111,8 +111,8 @@ class SpeedUps:
             )
         if offload and capture not in (AUTO, "eager"):
             raise BadInputError(
-                f"capture={capture!r} does not go with enable_model_cpu_offload, which moves the "
-                "weights; use 'eager' or 'auto', or turn the offload off"
+                f"capture={capture!r} does not go with enable_model_cpu_offload or memory 'low', "
+                "which move the weights; use 'eager' or 'auto', or another memory plan"
             )
         wanted = on_cuda if compile == AUTO else bool(compile)
         if capture == AUTO:
@@ -199,17 +199,36 @@ class Accelerator:
         self._compiled: WeakValueDictionary[str, Compiled] = WeakValueDictionary()
         self._first_uses = self._uncaptured = 0
 
-    def install(self, models: Models) -> None:
-        """Make the parts of `models` run through this."""
-        models.network = self.network
-        models.encode = self.encode
-        models.refine = self.refine
-        models.decode = self.decode
+    def install(self, models: Models, only: Collection[nn.Module] | None = None) -> None:
+        """Make the parts of `models` run through this.
+
+        Args:
+            models: Its parts are replaced.
+            only: The modules whose parts are meant, the others run as they are; None: all.
+        """
+
+        def is_meant(module: nn.Module) -> bool:
+            return only is None or module in only
+
+        network = is_meant(models.transformer)
+        models.network = self.network if network else models.transformer
+        models.refine = self.refine if network else None
+        models.encode = self.encode if is_meant(models.text_encoder) else None
+        models.decode = self.decode if is_meant(models.autoencoder) else None
+
+    def clear(self) -> None:
+        """Drop what is captured; it is captured again where it is next used."""
+        self._captures.clear()
 
     @property
     def compile_seconds(self) -> float:
         """Time of the first calls of what is compiled, which compile or load it, and run it."""
         return float(sum(each.seconds for each in self._compiled.values()))
+
+    @property
+    def capture_seconds(self) -> float:
+        """Time that making the captures held now took, compilation included."""
+        return float(sum(report.seconds for report in self._captures.report()))
 
     @property
     def built(self) -> int:

@@ -7,14 +7,15 @@ looks like depends on the request and the weights, and in its last bits on what 
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -32,16 +33,22 @@ from turbo.acceleration import (
 )
 from turbo.attention import AttentionChoice, AttentionTimes, measure_attention, pick_attention
 from turbo.cache_folder import default_cache_dir
-from turbo.checkpoint import Checkpoint, load_weights
+from turbo.checkpoint import Checkpoint
 from turbo.compile import CaptureReport
 from turbo.components import Components, component_dtypes
 from turbo.denoiser import Caption, is_unguided
-from turbo.errors import BadInputError, LoraError, NonFiniteLatentError
+from turbo.devices import free_bytes
+from turbo.devices import pick_device as pick_device
+from turbo.devices import pick_dtype as pick_dtype
+from turbo.errors import BadInputError, LoraError, NonFiniteLatentError, OutOfMemoryError
 from turbo.fusing import LoraChoice, LoraFuser
 from turbo.image_input import latent_of_image, require_picture
 from turbo.latent import STRIDE
+from turbo.memory import VAE_TILE as VAE_TILE
+from turbo.memory import choose_memory, count_outline, lower_plan, memory_plans
+from turbo.memory_errors import drop_frames, out_of_memory, phase
 from turbo.model_files import ModelFiles, find_model_files
-from turbo.names import NETWORK
+from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.noise import MAX_SEED, check_seed
 from turbo.pipeline import (
     Drawing,
@@ -56,6 +63,7 @@ from turbo.pipeline import (
     run_stages,
     warm_cache,
 )
+from turbo.placement import RESIDENT, RESIDENT_PLAN, WHOLE, MemoryPlan, Placement
 from turbo.plan import (
     DEFAULT_PLAN,
     ModelSettings,
@@ -70,24 +78,17 @@ from turbo.quantize import pick_quantization
 from turbo.tensor_cache import TensorCache
 from turbo.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
 OnProgress = Callable[[str, int, int], None]
 """Called with (stage name, steps done, steps in all)."""
 
 CACHE_BYTES = 256 << 20
 """Of captions, and as many of modulation tables (31 MiB for the full-size third stage)."""
 WARMUP_PROMPT = "a picture that is long enough to have more tokens than the empty prompt"
-VAE_TILE = 64
-"""Latent positions a side of a tile when the plan asks for a tiled decode."""
 MAX_IMAGES = 1000
-
-_DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,12 +195,16 @@ class Engine:
         *,
         strict_loras: bool = True,
         accelerator: Accelerator | None = None,
+        holding: _Holding | None = None,
     ) -> None:
         self.models = models
         self.files = files
         self.plan = plan
         self.accelerator = accelerator or Accelerator(models, SpeedUps())
-        self._load_seconds = 0.0
+        self.start_seconds: dict[str, float] = {}
+        """Parts of loading -> seconds: `find files`, `plan memory`, `read network` and so on for
+        each component that was read, `open compiled code`, `fuse LoRAs`; and `load`, all of it."""
+        self._holding = holding
         self._fuser = fuser
         self._loras: tuple[LoraChoice, ...] = ()
         self._strict = strict_loras
@@ -233,6 +238,8 @@ class Engine:
         attention: str | None = None,
         cache_dir: str | Path | None = AUTO,
         strict_speed: bool = False,
+        memory: str | None = None,
+        allow_fallback: bool | None = None,
         on_progress: OnProgress | None = None,
     ) -> Engine:
         """Load a model.
@@ -266,14 +273,20 @@ class Engine:
                 "auto" is `default_cache_dir`, None keeps none.
             strict_speed: Raise where something cannot be compiled or captured; otherwise a line is
                 logged and the plain way taken.
+            memory: "fast", "balanced", "low" or "auto", as `Performance` explains them; None: as
+                the plan says. Which one it became is logged.
+            allow_fallback: When memory runs out, try once more as the next smaller memory plan has
+                it, for this request alone; None: as the plan says.
             on_progress: Called with (component, tensors read, tensors in all).
 
         Raises:
-            BadInputError: A file, a setting or a device is not usable; says what would be.
+            BadInputError: A file, a setting or a device is not usable, or the model does not fit
+                the device as `memory` says; says what would do.
+            OutOfMemoryError: Memory ran out in loading.
         """
         begin = time.perf_counter()
         _require_list(loras)
-        plan = _as_plan(plan, DEFAULT_PLAN)
+        plan = _with_memory(_as_plan(plan, DEFAULT_PLAN), memory, allow_fallback)
         settings = plan.model
         device = pick_device(settings.device if device == "auto" else device)
         if cache_dir is not None and not isinstance(cache_dir, str | Path):
@@ -284,7 +297,7 @@ class Engine:
             capture=capture,
             kernels=kernels,
             strict=strict_speed,
-            offload=plan.performance.enable_model_cpu_offload,
+            offload=_asks_low(plan.performance),
         )
         dtype = pick_dtype(settings.torch_dtype if dtype == "auto" else dtype, device)
         if not any((path, diffusion_model, text_encoder, vae)):
@@ -309,7 +322,7 @@ class Engine:
         asked = settings.quantize if quantize is None else quantize
         checkpoints = files.open()
         kept = pick_quantization(asked, checkpoints[NETWORK].quantization, device)
-        models, fuser = _load(
+        loader = _Loader(
             checkpoints,
             words,
             plan,
@@ -317,15 +330,29 @@ class Engine:
             dtype,
             kept,
             plan.performance.attention if attention is None else attention,
-            on_progress,
-            choices,
-            strict_loras,
         )
-        accelerator = _accelerate(models, speed_ups, plan, cache_dir)
-        engine = cls(models, files, plan, fuser, strict_loras=strict_loras, accelerator=accelerator)
+        loader.seconds["find files"] = time.perf_counter() - begin
+        loader.check(choices, strict_loras)
+        holding = loader.load(may_move_network=capture in (AUTO, "eager"), report=on_progress)
+        if holding.plan.modes[NETWORK] != RESIDENT:
+            speed_ups = replace(speed_ups, capture="eager")
+        loaded = time.perf_counter()
+        accelerator = _accelerate(loader.models, speed_ups, plan, cache_dir)
+        engine = cls(
+            loader.models,
+            files,
+            plan,
+            loader.fuser,
+            strict_loras=strict_loras,
+            accelerator=accelerator,
+            holding=holding,
+        )
+        engine._install()
+        loader.seconds["open compiled code"] = time.perf_counter() - loaded
         if loras:
-            engine.set_loras(loras, strict=strict_loras)
-        engine._load_seconds = time.perf_counter() - begin
+            with loader.part("fuse LoRAs"):
+                engine.set_loras(loras, strict=strict_loras)
+        engine.start_seconds = {**loader.seconds, "load": time.perf_counter() - begin}
         return engine
 
     @property
@@ -372,12 +399,22 @@ class Engine:
         Raises:
             BadInputError: A bucket is no multiple of 32 from 32 to 512.
             AccelerationError: A part could not be compiled or captured, with `strict_speed`.
+            OutOfMemoryError: Memory ran out; says in which phase.
         """
         buckets = check_buckets(buckets)
-        meter = _Meter(self.models.device)
+
+        def warm() -> WarmupReport:
+            return self._warm_up(_Meter(self.models.device), buckets, on_progress)
+
+        with self._lock, self._current_device():
+            return self._within_memory(warm, may_fall_back=False)
+
+    def _warm_up(
+        self, meter: _Meter, buckets: Sequence[int], on_progress: OnProgress | None
+    ) -> WarmupReport:
         plan = self.plan.resolved()
         captures: tuple[CaptureReport, ...] = ()
-        seconds = {"load": self._load_seconds}
+        seconds = {"load": self.start_seconds.get("load", 0.0)}
 
         @contextlib.contextmanager
         def part(name: str) -> Iterator[None]:
@@ -388,11 +425,12 @@ class Engine:
             if on_progress:
                 on_progress(name, 1, 1)
 
-        with self._lock, self._current_device(), meter.settled():
+        with meter.settled():
             attention = self._measure_attention(plan, buckets, seconds)
             if self.accelerator.speed_ups.any_stand_in:
                 begin, before = time.perf_counter(), self.accelerator.compile_seconds
-                captures = self._capture_usual(plan, buckets, on_progress)
+                with phase("capture"):
+                    captures = self._capture_usual(plan, buckets, on_progress)
                 # What is dropped to make room takes its seconds along.
                 seconds["compile"] = max(0.0, self.accelerator.compile_seconds - before)
                 seconds["capture"] = time.perf_counter() - begin - seconds["compile"]
@@ -400,20 +438,8 @@ class Engine:
                 pairs = self._warmup_captions(buckets)
             latent: Tensor | None = None
             for stage in plan.stages:
-                with part(stage.name), self._on_device(self.models.transformer):
-                    self._prepared(stage)
-                    once = replace(stage, node="custom", scheduler="simple", steps=1, denoise=1.0)
-                    step = prepare_stage(self.models.transformer, once)
-                    warm_cache(self.models, step)
-                    for positive, negative in pairs:
-                        drawing = Drawing(
-                            positive=positive,
-                            negative=negative,
-                            noise=self._noise([step], 0),
-                            latent=latent,
-                        )
-                        (result,) = run_stages(self.models, [step], drawing)
-                    latent = result.latent
+                with part(stage.name), phase("sampling"), self._on_device(self.models.transformer):
+                    latent = self._warm_stage(stage, pairs, latent)
             assert latent is not None
             with part("decode"):
                 self._decode(latent, plan.performance)
@@ -423,6 +449,21 @@ class Engine:
             built=self.accelerator.built,
             attention=attention,
         )
+
+    def _warm_stage(
+        self, stage: Stage, pairs: Sequence[tuple[Caption, Caption]], latent: Tensor | None
+    ) -> Tensor:
+        """Run a stage for one step, in each way that captions may come."""
+        self._prepared(stage)
+        once = replace(stage, node="custom", scheduler="simple", steps=1, denoise=1.0)
+        step = prepare_stage(self.models.transformer, once)
+        warm_cache(self.models, step)
+        for positive, negative in pairs:
+            drawing = Drawing(
+                positive=positive, negative=negative, noise=self._noise([step], 0), latent=latent
+            )
+            (result,) = run_stages(self.models, [step], drawing)
+        return result.latent
 
     @torch.inference_mode()
     def generate(
@@ -476,6 +517,7 @@ class Engine:
         Raises:
             BadInputError: A value is impossible; nothing was computed.
             NonFiniteLatentError: The arithmetic overflowed; says in which stage and dtype.
+            OutOfMemoryError: Memory ran out; says in which phase. The next request is as any other.
         """
         _check_texts(prompt=prompt, negative_prompt=negative_prompt, trigger_word=trigger_word)
         if isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 1:
@@ -490,34 +532,44 @@ class Engine:
         stages = _stages_from_image(resolved.stages, image, strength)
         seeds = [(first_seed + index) % (MAX_SEED + 1) for index in range(num_images)]
         text = f"{trigger_word}, {prompt}" if trigger_word else prompt
-        meter = _Meter(self.models.device)
-        with self._lock, self._current_device(), meter.settled(), meter.part("total"):
-            default = resolved.lora.default_strength
-            choices = self._loras if loras is None else self._choose(loras, default)
-            self._fuse(choices, self._strict if strict_loras is None else strict_loras)
-            with meter.part("prompt"):
-                guided = not all(is_unguided(stage.cfg) for stage in stages)
-                positive, *others = self._encode([text, *[negative_prompt] * guided], max_tokens)
-            request = _Request(
-                stages=stages,
-                positive=positive,
-                negative=others[0] if others else None,
-                latent=None if image is None else self._encode_image(image, stages[0], meter),
-                performance=resolved.performance,
-                on_progress=on_progress,
-                keep_stages=keep_stages,
-                meter=meter,
-            )
-            pictures = [self._picture(request, one) for one in seeds]
-            used_loras = self._fuser.describe()
-            self.accelerator.save()
+
+        def make() -> _Made:
+            meter = _Meter(self.models.device)
+            with meter.settled(), meter.part("total"):
+                default = resolved.lora.default_strength
+                choices = self._loras if loras is None else self._choose(loras, default)
+                with phase("loading"):
+                    self._fuse(choices, self._strict if strict_loras is None else strict_loras)
+                with meter.part("prompt"):
+                    guided = not all(is_unguided(stage.cfg) for stage in stages)
+                    positive, *others = self._encode(
+                        [text, *[negative_prompt] * guided], max_tokens
+                    )
+                request = _Request(
+                    stages=stages,
+                    positive=positive,
+                    negative=others[0] if others else None,
+                    latent=None if image is None else self._encode_image(image, stages[0], meter),
+                    performance=resolved.performance,
+                    on_progress=on_progress,
+                    keep_stages=keep_stages,
+                    meter=meter,
+                )
+                pictures = [self._picture(request, one) for one in seeds]
+                used_loras = self._fuser.describe()
+                self.accelerator.save()
+            return _Made(pictures, used_loras, self._memory.name, meter)
+
+        with self._lock, self._current_device():
+            made = self._within_memory(make, resolved.performance.allow_fallback)
+            pictures, timings = made.pictures, made.meter.read()
         description: dict[str, Any] = {
             "version": __version__,
             "prompt": prompt,
             "negative_prompt": negative_prompt,
             "trigger_word": trigger_word,
             "plan": plan_to_dict(replace(resolved, model=ModelSettings())),  # no local paths
-            "loras": used_loras,
+            "loras": made.loras,
             "models": {
                 "network": self.files.network.name,
                 "text_encoder": self.files.text_encoder.name,
@@ -527,13 +579,14 @@ class Engine:
             "dtype": _name(self.models.dtype),
             "quantize": self.models.transformer.quantize,
             "attention": self.models.transformer.attention.asked,
+            "memory": made.memory,
         }
         if image is not None:
             description |= {"first_stage": stages[0].name, "strength": stages[0].denoise}
         return Result(
             images=[picture.image for picture in pictures],
             seeds=seeds,
-            timings=meter.read(),
+            timings=timings,
             skips=_sum_skips(pictures),
             stage_images=[picture.stages for picture in pictures] if keep_stages else [],
             metadata=[{**description, "seed": one} for one in seeds],
@@ -562,14 +615,18 @@ class Engine:
         self, plan: Plan, buckets: Sequence[int], on_progress: OnProgress | None
     ) -> tuple[CaptureReport, ...]:
         """Compile and capture what the plan's requests will use."""
-        models, performance = self.models, plan.performance
-        modules = (models.text_encoder, models.transformer, models.autoencoder)
+        models = self.models
+        stand_ins = {
+            models.text_encoder: models.encode,
+            models.transformer: models.refine,
+            models.autoencoder: models.decode,
+        }
+        modules = [module for module, stand_in in stand_ins.items() if stand_in is not None]
         captures: tuple[CaptureReport, ...] = ()
         with self._on_device(models.transformer):
             prepared = [self._prepared(stage) for stage in plan.stages]
         # Where modules rest elsewhere, the device may not have room for all at once.
-        offloads = performance.enable_model_cpu_offload
-        for only in [(module,) for module in modules] if offloads else [modules]:
+        for only in [[module] for module in modules] if self._memory.moves else [modules]:
             with contextlib.ExitStack() as stack:
                 for module in only:
                     stack.enter_context(self._on_device(module))
@@ -578,7 +635,7 @@ class Engine:
                     buckets,
                     on_progress,
                     only=only,
-                    decoder=not performance.enable_vae_tiling,
+                    decoder=not self._is_tiled(plan.performance),
                 )
         return captures
 
@@ -614,7 +671,7 @@ class Engine:
             )
             results = run_stages(self.models, prepared, drawing, on_step=on_step)
             for stage in request.stages:
-                with request.meter.part(stage.name):
+                with request.meter.part(stage.name), phase("sampling"):
                     result = next(results)
                 latents[stage.name] = result.latent
                 finite[stage.name] = result.latent.isfinite().all()
@@ -659,14 +716,15 @@ class Engine:
         return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
     def _encode_image(self, image: Image.Image, stage: Stage, meter: _Meter) -> Tensor:
-        with meter.part("encode"), self._on_device(self.models.autoencoder):
+        with meter.part("encode"), phase("encoding"), self._on_device(self.models.autoencoder):
             return latent_of_image(self.models.autoencoder, image, stage, self.models.device)
 
     def _decode(self, latent: Tensor, performance: Performance) -> Image.Image:
         autoencoder = self.models.autoencoder
-        with self._on_device(autoencoder):
-            if performance.enable_vae_tiling or self.models.decode is None:
-                tile = VAE_TILE if performance.enable_vae_tiling else None
+        is_tiled = self._is_tiled(performance)
+        with phase("decoding"), self._on_device(autoencoder):
+            if is_tiled or self.models.decode is None:
+                tile = VAE_TILE if is_tiled else None
                 pixels, finite = decode(
                     autoencoder, latent, slicing=performance.enable_vae_slicing, tile=tile
                 )
@@ -687,9 +745,9 @@ class Engine:
         if missing:
             tokenizer = self.models.tokenizer
             ids = [tokenizer.encode_prompt(text, max_tokens=max_tokens) for text in missing]
-            with self._on_device(self.models.text_encoder):
+            with phase("encoding"), self._on_device(self.models.text_encoder):
                 features = [encode_ids(self.models, one) for one in ids]
-            with self._on_device(self.models.transformer):
+            with phase("encoding"), self._on_device(self.models.transformer):
                 made = [refine(self.models, feature) for feature in features]
             for text, caption in zip(missing, made):
                 self._captions.put((text, max_tokens), caption)
@@ -709,22 +767,69 @@ class Engine:
 
     @contextlib.contextmanager
     def _on_device(self, module: nn.Module) -> Iterator[None]:
-        """Have a module's weights on the device while it is used.
+        """Have a module's weights on the device while it is used."""
+        with contextlib.ExitStack() as stack:
+            if self._holding is not None:
+                with phase("loading"):
+                    stack.enter_context(self._holding.placement.at_work(module))
+            yield
 
-        Only an offloaded module needs it. Its weights stay where they rest, a copy goes to the
-        device and is dropped afterwards: nothing is copied back.
-        """
-        if next(module.parameters()).device.type == self.models.device.type:
-            yield
+    @property
+    def _memory(self) -> MemoryPlan:
+        return RESIDENT_PLAN if self._holding is None else self._holding.now
+
+    def _is_tiled(self, performance: Performance) -> bool:
+        return performance.enable_vae_tiling or self._memory.is_tiled
+
+    def _install(self) -> None:
+        """Have the accelerator stand in for parts; no graph bears weights that move."""
+        if not self.accelerator.speed_ups.any_stand_in:
             return
-        resting = [(parameter, parameter.data) for parameter in module.parameters()]
+        bears = {RESIDENT, WHOLE} if self.accelerator.speed_ups.capture == "eager" else {RESIDENT}
+        modules = {
+            NETWORK: self.models.transformer,
+            TEXT_ENCODER: self.models.text_encoder,
+            AUTOENCODER: self.models.autoencoder,
+        }
+        still = [modules[part] for part, mode in self._memory.modes.items() if mode in bears]
+        self.accelerator.install(self.models, still)
+
+    def _hold(self, plan: MemoryPlan) -> None:
+        """Hold the parts as a memory plan says."""
+        if self._holding is None or self._holding.now is plan:
+            return
+        self.accelerator.clear()
+        with phase("loading"):
+            self._holding.use(plan)
+        self._install()
+
+    def _within_memory(self, make: Callable[[], _Result], may_fall_back: bool) -> _Result:
+        """Make pictures as the engine's memory plan says; if memory runs out, as the next does."""
+        plan = RESIDENT_PLAN if self._holding is None else self._holding.made
+        lower = None if self._holding is None else lower_plan(plan.name)
+        result = self._attempt(make, plan, lower)
+        if isinstance(result, OutOfMemoryError) and may_fall_back and lower is not None:
+            assert self._holding is not None
+            logger.warning("%s; memory %r is tried", result, lower)
+            result = self._attempt(make, self._holding.named(lower), lower_plan(lower))
+        if isinstance(result, OutOfMemoryError):
+            raise result
+        return result
+
+    def _attempt(
+        self, make: Callable[[], _Result], plan: MemoryPlan, lower: str | None
+    ) -> _Result | OutOfMemoryError:
+        """What was made, or the error to raise; by then nothing holds what filled the memory."""
         try:
-            for parameter, weight in resting:
-                parameter.data = weight.to(self.models.device)
-            yield
-        finally:
-            for parameter, weight in resting:
-                parameter.data = weight
+            self._hold(plan)
+            with phase("sampling"):
+                return make()
+        except OutOfMemoryError as error:
+            self._captions.clear()
+            self._stages.clear()
+            self.accelerator.clear()
+            drop_frames(error)
+            return out_of_memory(error, plan.name, lower)
 
     def _choose(self, loras: Sequence[Any], default_strength: float) -> tuple[LoraChoice, ...]:
         _require_list(loras)
@@ -765,96 +870,170 @@ class _Request:
 
 
 @dataclass(frozen=True, slots=True)
+class _Made:
+    """What a request made."""
+
+    pictures: list[_Picture]
+    loras: list[dict[str, Any]]
+    memory: str
+    """The memory plan that held."""
+    meter: _Meter
+
+
+@dataclass(frozen=True, slots=True)
 class _Picture:
     image: Image.Image
     stages: dict[str, Image.Image]
     skips: dict[str, tuple[int, int]]
 
 
-def pick_device(device: str | torch.device) -> torch.device:
-    """The device to work on.
+@dataclass(slots=True)
+class _Holding:
+    """How the parts are held in memory now, and how else they could be."""
 
-    Raises:
-        BadInputError: It does not exist here; says which do.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    placement: Placement
+    made: MemoryPlan
+    """As the engine was made."""
+    now: MemoryPlan
+    named: Callable[[str], MemoryPlan]
+    """Works out another memory plan by its name."""
+
+    @property
+    def plan(self) -> MemoryPlan:
+        return self.made
+
+    def use(self, plan: MemoryPlan) -> None:
+        """Hold the parts in another way."""
+        self.placement.use(plan)
+        self.now = plan
+
+
+class _Loader:
+    """Loads the modules of a model: compares everything, then places weights."""
+
+    def __init__(
+        self,
+        checkpoints: Mapping[str, Checkpoint],
+        tokenizer: Tokenizer,
+        plan: Plan,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantize: str | None,
+        attention: str,
+    ) -> None:
+        self.seconds: dict[str, float] = {}
+        self._plan, self._device = plan, device
+        self._report: OnProgress | None = None
+        dtypes = component_dtypes(dtype, device)
+
+        def outline() -> Components:
+            return Components.outline(checkpoints, dtypes, quantize)
+
+        # All is compared before anything is allocated: a foreign file may want terabytes.
+        self._outline = outline
+        self._made = made = outline()
+        compute_dtype = arithmetic_dtype(dtype, device)
+        chosen = pick_attention(attention, device, compute_dtype, made.network.config.head_dim)
+        made.network.compute_dtype = compute_dtype
+        made.network.attention = AttentionChoice(chosen)
+        self.fuser = LoraFuser(made.by_name(), checkpoints, keep_files=plan.lora.cache_models)
+        self.models = Models(
+            tokenizer, made.text_encoder, made.network, made.autoencoder, made.network, device
+        )
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time a block; blocks of one name add up."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def check(self, loras: Sequence[LoraChoice], strict: bool) -> None:
+        """Refuse parts that do not belong together, before a weight is read."""
+        models = self.models
+        stride, known = models.autoencoder.config.stride, models.tokenizer.vocabulary_size
+        vocabulary = models.text_encoder.config.vocab_size
+        if stride != STRIDE:
+            raise BadInputError(
+                f"the autoencoder makes {stride} pixels of a latent cell, Z-Image needs {STRIDE}: "
+                "it is of another model"
+            )
+        if known > vocabulary:
+            raise BadInputError(
+                f"the tokenizer knows {known} ids, the text encoder only {vocabulary}: they are of "
+                "different models; give the tokenizer that belongs to the text encoder"
+            )
+        self.fuser.check(loras, strict=strict)
+
+    def load(self, *, may_move_network: bool, report: OnProgress | None) -> _Holding:
+        """Place the weights as the plan's memory says, or as the next smaller plan does."""
+        with self.part("plan memory"):
+            plan = choose_memory(
+                self._made, self._plan, self._device, may_move_network=may_move_network
+            )
+        placement = Placement(self._made.by_name(), self._device, self._fill)
+        self._report = report
+        try:
+            plan = self._place(placement, plan)
+        finally:
+            self._report = None
+        return _Holding(placement, plan, plan, lambda name: self._named(placement, name))
+
+    def _place(self, placement: Placement, plan: MemoryPlan) -> MemoryPlan:
+        lower = lower_plan(plan.name)
+        failed = _place(placement, plan, lower)
+        if failed is None:
+            return plan
+        if lower is None or not self._plan.performance.allow_fallback:
+            raise failed
+        logger.warning("%s; memory %r is tried", failed, lower)
+        plan = self._named(placement, lower)
+        failed = _place(placement, plan, lower_plan(lower))
+        if failed is not None:
+            raise failed
+        return plan
+
+    def _named(self, placement: Placement, name: str) -> MemoryPlan:
+        """A memory plan for what is free where none of the weights is there."""
+        free = free_bytes(self._device)
+        if free is not None:
+            free += placement.held_bytes
+        need = count_outline(self._outline(), self._plan)
+        plan, _ = memory_plans(need, self._plan.performance, self._device, free)[name]
+        return plan
+
+    def _fill(self, component: str, names: Collection[str]) -> None:
+        report = self._report
+
+        def told(done: int, total: int) -> None:
+            if report is not None:
+                report(component, done, total)
+
+        with self.part(f"read {component.replace('_', ' ')}"):
+            self.fuser.fill(component, names, told)
+
+
+def _place(placement: Placement, plan: MemoryPlan, lower: str | None) -> OutOfMemoryError | None:
+    """Place the weights; the error if memory ran out, and then none of them is there."""
     try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise BadInputError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if chosen.type == "cuda" and (chosen.index or 0) >= count:
-        raise BadInputError(
-            f"device {chosen} is not there: PyTorch sees {count} CUDA device(s); use auto or cpu"
-        )
-    if chosen.type not in ("cpu", "cuda"):
-        raise BadInputError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
-    if str(chosen) == "cuda":  # without a number; every thread has a current device of its own
-        return torch.device("cuda", torch.cuda.current_device())
-    return chosen
+        with phase("loading"):
+            placement.use(plan)
+    except OutOfMemoryError as error:
+        placement.clear()
+        drop_frames(error)
+        return out_of_memory(error, plan.name, lower)
+    return None
 
 
-def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The network's dtype.
-
-    Raises:
-        BadInputError: It is none of float32, bfloat16, float16 and auto.
-    """
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise BadInputError(f"dtype must be auto, float32, bfloat16 or float16, got {name!r}")
-    return _DTYPES[name]
+def _asks_low(performance: Performance) -> bool:
+    return performance.enable_model_cpu_offload or performance.memory == "low"
 
 
-def _load(
-    checkpoints: Mapping[str, Checkpoint],
-    tokenizer: Tokenizer,
-    plan: Plan,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantize: str | None,
-    attention: str,
-    on_progress: OnProgress | None,
-    loras: Sequence[LoraChoice],
-    strict_loras: bool,
-) -> tuple[Models, LoraFuser]:
-    dtypes = component_dtypes(dtype, device)
-    # All is compared before anything is allocated: a foreign file may want terabytes.
-    outline = Components.outline(checkpoints, dtypes, quantize)
-    stride, vocabulary = outline.autoencoder.config.stride, outline.text_encoder.config.vocab_size
-    if stride != STRIDE:
-        raise BadInputError(
-            f"the autoencoder makes {stride} pixels of a latent cell, Z-Image needs {STRIDE}: "
-            "it is of another model"
-        )
-    if tokenizer.vocabulary_size > vocabulary:
-        raise BadInputError(
-            f"the tokenizer knows {tokenizer.vocabulary_size} ids, the text encoder only "
-            f"{vocabulary}: they are of different models; give the tokenizer that belongs to the "
-            "text encoder"
-        )
-    LoraFuser(outline.by_name(), checkpoints).check(loras, strict=strict_loras)
-    compute_dtype = arithmetic_dtype(dtype, device)
-    attention = pick_attention(attention, device, compute_dtype, outline.network.config.head_dim)
-    home = torch.device("cpu") if plan.performance.enable_model_cpu_offload else device
-    made = Components.build(checkpoints, home, dtypes, quantize)
-    made.network.compute_dtype = compute_dtype
-    made.network.attention = AttentionChoice(attention)
-    for component, module in made.by_name().items():
-
-        def report(done: int, total: int, component: str = component) -> None:
-            if on_progress is not None:
-                on_progress(component, done, total)
-
-        load_weights(module, checkpoints[component], on_progress=report)
-    models = Models(
-        tokenizer, made.text_encoder, made.network, made.autoencoder, made.network, device
-    )
-    fuser = LoraFuser(made.by_name(), checkpoints, keep_files=plan.lora.cache_models)
-    return models, fuser
+def _with_memory(plan: Plan, memory: str | None, allow_fallback: bool | None) -> Plan:
+    """A plan with what was given beside it."""
+    given = {"memory": memory, "allow_fallback": allow_fallback}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return replace(plan, performance=replace(plan.performance, **changes))
 
 
 def _accelerate(
@@ -866,10 +1045,7 @@ def _accelerate(
         sizes = [(stage.height, stage.width) for stage in plan.resolved().stages]
         cache = open_cache(folder, models, sizes, speed_ups)
     models.kernels = speed_ups.kernels
-    accelerator = Accelerator(models, speed_ups, cache)
-    if speed_ups.any_stand_in:
-        accelerator.install(models)
-    return accelerator
+    return Accelerator(models, speed_ups, cache)
 
 
 def _as_plan(plan: Plan | str | Path | None, default: Plan) -> Plan:

@@ -48,6 +48,18 @@ class AccelerationError(FailureError):
     """Something could not be compiled or captured, and stepping down was not allowed."""
 
 
+class OutOfMemoryError(FailureError):
+    """Memory ran out; what was loaded before stays usable.
+
+    Attributes:
+        phase: What was being done: "loading", "encoding", "capture", "sampling" or "decoding".
+    """
+
+    def __init__(self, message: str, phase: str) -> None:
+        super().__init__(message)
+        self.phase = phase
+
+
 class SaveError(FailureError):
     """A picture could not be written; nothing was left under its name."""
 

@@ -7,7 +7,7 @@ drifts and whoever captured that storage stays valid.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -87,6 +87,8 @@ class LoraFuser:
     ) -> None:
         self._modules = modules
         self._checkpoints = checkpoints
+        self._keep_files = keep_files
+        self._patches: dict[Target, list[tuple[Patch, float]]] | None = {}
         self._read = lru_cache(maxsize=FILES_KEPT if keep_files else 0)(_read_version)
         self._fused: tuple[LoraChoice, ...] | None = ()  # None: not known, a write failed
         self._fused_strictly = True
@@ -148,7 +150,38 @@ class LoraFuser:
             for choice, lora in loras
         ]
         self._note(choices, strict, set(patches), described)
+        self._patches = patches if self._keep_files else None
         return True
+
+    def fill(
+        self,
+        component: str,
+        names: Collection[str],
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write weights as they should be, from the files, with the LoRAs that are fused.
+
+        For weights whose memory is new. A module's weights may be absent, on the meta device, while
+        LoRAs change; these are left out then and get the LoRAs here.
+
+        Args:
+            component: Whose weights.
+            names: Native names; none of these is absent.
+            on_progress: Called with (tensors written, tensors in all) after each.
+
+        Raises:
+            CheckpointError: The files have changed or cannot be read.
+            LoraError: A LoRA's file, which is not kept in memory, has changed or gone.
+        """
+        if self._fused is None:
+            raise LoraError("the LoRAs fused are not known; call set_loras again")
+        patches = self._patches if self._patches is not None else self._collect_fused()
+        self._checkpoints[component].check_unchanged()
+        self._write({(component, name) for name in names}, patches, on_progress)
+
+    def _collect_fused(self) -> dict[Target, list[tuple[Patch, float]]]:
+        loras = [(choice, self._read(choice.path, choice.stamp)) for choice in self._fused or ()]
+        return self._collect(loras, self._fused_strictly)
 
     def describe(self) -> list[dict[str, Any]]:
         """Name, strengths and content hash of each fused LoRA, ready for JSON."""
@@ -162,6 +195,7 @@ class LoraFuser:
         described: list[dict[str, Any]],
     ) -> None:
         self._fused, self._fused_strictly = choices, strictly
+        self._patches = {}
         self._changed, self._described = changed, described
 
     def _collect(
@@ -180,16 +214,22 @@ class LoraFuser:
 
     @torch.no_grad()
     def _write(
-        self, targets: set[Target], patches: Mapping[Target, Sequence[tuple[Patch, float]]]
+        self,
+        targets: set[Target],
+        patches: Mapping[Target, Sequence[tuple[Patch, float]]],
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         for component, module in self._modules.items():
             names = [name for owner, name in targets if owner == component]
             if not names:
                 continue
             checkpoint, weights = self._checkpoints[component], native_weights(module)
-            for name in checkpoint.reading_order(names):
-                wanted = patches.get((component, name), ())
-                _write_weight(checkpoint, name, weights[name], wanted)
+            for done, name in enumerate(checkpoint.reading_order(names), start=1):
+                if weights[name].device.type != "meta":
+                    wanted = patches.get((component, name), ())
+                    _write_weight(checkpoint, name, weights[name], wanted)
+                if on_progress is not None:
+                    on_progress(done, len(names))
             checkpoint.release()
 
 

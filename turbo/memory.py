@@ -1,10 +1,14 @@
-"""How much memory a plan needs, counted on the meta device before any weight is read."""
+"""How much memory a plan needs, and which memory plan it fits, before any weight is read.
+
+Counted on the meta device: weights exactly, activations operation by operation.
+"""
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,13 +21,30 @@ from torch.utils._pytree import tree_leaves
 from turbo.autoencoder import Autoencoder
 from turbo.checkpoint import Checkpoint
 from turbo.components import Components, component_dtypes
-from turbo.engine import pick_device, pick_dtype
+from turbo.devices import free_bytes, pick_device, pick_dtype
+from turbo.errors import BadInputError
 from turbo.latent import STRIDE
-from turbo.plan import Plan, Stage
-from turbo.transformer import Transformer, padded_length
+from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
+from turbo.placement import (
+    RESIDENT,
+    RESIDENT_PLAN,
+    STREAMED,
+    WHOLE,
+    MemoryPlan,
+    streamed_bytes,
+)
+from turbo.plan import Performance, Plan, Stage
+from turbo.text_encoder import TextEncoder
+from turbo.transformer import PATCH, Transformer, padded_length
 
 CAPTION_TOKENS = 64
 """Prompt length that the counts assume, in tokens: a paragraph."""
+VAE_TILE = 64
+"""Latent positions a side of a tile when a picture is decoded in tiles."""
+MEMORY_PLANS = ("fast", "balanced", "low")
+"""From the largest and fastest to the smallest."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +54,70 @@ class MemoryNeed:
     weights: dict[str, int]
     """Component -> its weights."""
     activations: dict[str, int]
-    """Stage name, or `decode` -> most bytes of tensors alive at once while it is computed.
+    """`prompt`, stage name or `decode` -> most bytes of tensors alive at once while it is computed.
 
     Counted on the eager operations; workspaces of convolutions and attention, and what an
     allocator rounds up or keeps, are not in it.
     """
+    tiled_decode: int = 0
+    """As `activations` has it for `decode`, in tiles."""
+    streamed: dict[str, int] = field(default_factory=dict)
+    """Component -> most bytes of its weights on the device at once while it is streamed."""
 
     @property
     def total(self) -> int:
         """All weights and the largest activations: what is held if nothing is offloaded."""
         return sum(self.weights.values()) + max(self.activations.values(), default=0)
+
+    def peak(self, plan: MemoryPlan) -> int:
+        """Most bytes on the device at once, as a memory plan holds the parts."""
+        resident = {part for part, mode in plan.modes.items() if mode == RESIDENT}
+        always = sum(self.weights[part] for part in resident)
+
+        def at_work(part: str, activations: int) -> int:
+            if part in resident:
+                return always + activations
+            held = self.streamed if plan.modes[part] == STREAMED else self.weights
+            return always + held[part] + activations
+
+        return max(at_work(*each) for each in self._turns(plan))
+
+    def _turns(self, plan: MemoryPlan) -> Iterator[tuple[str, int]]:
+        for name, count in self.activations.items():
+            if name == "prompt":
+                yield TEXT_ENCODER, count
+            elif name == "decode":
+                yield AUTOENCODER, self.tiled_decode if plan.is_tiled else count
+            else:
+                yield NETWORK, count
+
+    def plan(self, name: str, device: torch.device, free: int | None = None) -> MemoryPlan:
+        """How each part is held by a memory plan.
+
+        A part that moves comes whole where that fits, else it is streamed. The text encoder is
+        streamed on every CPU: it is read once a prompt in any case.
+
+        Args:
+            name: One of `MEMORY_PLANS`.
+            device: Where the work is done.
+            free: Bytes that the device has; None: no bound.
+        """
+        if name == "fast":
+            return RESIDENT_PLAN
+        text = STREAMED if device.type == "cpu" else WHOLE
+        modes = {NETWORK: RESIDENT, TEXT_ENCODER: text, AUTOENCODER: RESIDENT}
+        if name == "low":
+            modes = {NETWORK: WHOLE, TEXT_ENCODER: text, AUTOENCODER: WHOLE}
+        for part in (TEXT_ENCODER, NETWORK):
+            tried = MemoryPlan(name, dict(modes), is_tiled=True)
+            if free is not None and modes[part] == WHOLE and self._part_peak(tried, part) > free:
+                modes[part] = STREAMED
+        return MemoryPlan(name, modes, is_tiled=True)
+
+    def _part_peak(self, plan: MemoryPlan, part: str) -> int:
+        counts = [count for worker, count in self._turns(plan) if worker == part]
+        always = sum(self.weights[name] for name, mode in plan.modes.items() if mode == RESIDENT)
+        return always + self.weights[part] + max(counts, default=0)
 
 
 def weight_dtypes(dtype: str, device: str) -> dict[str, torch.dtype]:
@@ -56,7 +131,10 @@ def weight_dtypes(dtype: str, device: str) -> dict[str, torch.dtype]:
 
 
 def count_memory(
-    checkpoints: Mapping[str, Checkpoint], plan: Plan, dtypes: Mapping[str, torch.dtype]
+    checkpoints: Mapping[str, Checkpoint],
+    plan: Plan,
+    dtypes: Mapping[str, torch.dtype],
+    quantize: str | None = None,
 ) -> MemoryNeed:
     """Count what the components of `checkpoints` need for `plan`, reading only file headers.
 
@@ -64,16 +142,147 @@ def count_memory(
         checkpoints: Component -> its opened files; all three.
         plan: Gives the sizes.
         dtypes: Component -> dtype that its weights are to have in memory.
+        quantize: How the network's large matrices are kept; None: in its dtype.
 
     Raises:
         CheckpointError: The files do not hold what the component needs.
     """
-    outline = Components.outline(checkpoints, dtypes)
+    return count_outline(Components.outline(checkpoints, dtypes, quantize), plan)
+
+
+def count_outline(outline: Components, plan: Plan) -> MemoryNeed:
+    """`count_memory` of modules on the meta device."""
     with torch.device("meta"):
-        activations = {stage.name: _stage_bytes(outline.network, stage) for stage in plan.stages}
+        network, encoder = _shallow_network(outline.network), _shallow_encoder(outline.text_encoder)
+        activations = {"prompt": _prompt_bytes(encoder)}
+        activations |= {stage.name: _stage_bytes(network, stage) for stage in plan.stages}
         activations["decode"] = _decode_bytes(outline.autoencoder, plan)
-    weights = {name: _weight_bytes(module) for name, module in outline.by_name().items()}
-    return MemoryNeed(weights, activations)
+        tiled = _decode_bytes(outline.autoencoder, plan, VAE_TILE)
+    modules = outline.by_name()
+    weights = {name: _weight_bytes(module) for name, module in modules.items()}
+    streamed = {name: streamed_bytes(module) for name, module in modules.items()}
+    return MemoryNeed(weights, activations, tiled, streamed)
+
+
+def _shallow_network(network: Transformer) -> Transformer:
+    """A network of few blocks: each needs as much, and 34 take seconds to count."""
+    config = network.config
+    few = replace(
+        config, layers=min(config.layers, 2), noise_refiners=min(config.noise_refiners, 1)
+    )
+    return Transformer(
+        few,
+        "meta",
+        network.dtype,
+        compute_dtype=network.compute_dtype,
+        quantize=network.quantize,
+    )
+
+
+def _shallow_encoder(encoder: TextEncoder) -> TextEncoder:
+    few = replace(encoder.config, num_layers=min(encoder.config.num_layers, 3))
+    dtype, compute_dtype = encoder.embed_tokens.dtype, encoder.compute_dtype
+    return TextEncoder(few, "meta", dtype, compute_dtype=compute_dtype)
+
+
+def choose_memory(
+    outline: Components,
+    plan: Plan,
+    device: torch.device,
+    *,
+    may_move_network: bool = True,
+    free: int | None = None,
+) -> MemoryPlan:
+    """The memory plan that a plan asks for, sure that it fits the device.
+
+    Nothing is counted where the weights leave so much room that it cannot matter.
+
+    Args:
+        outline: The model's modules on the meta device.
+        plan: What is asked for; its `performance` says how memory is used.
+        device: Where the work is done.
+        may_move_network: False rules `low` out for `auto`.
+        free: Bytes that the device has free; None asks it.
+
+    Raises:
+        BadInputError: It does not fit; says by how many bytes, and which would.
+    """
+    asked = plan.performance
+    name = "low" if asked.enable_model_cpu_offload else asked.memory
+    free = free_bytes(device) if free is None else free
+    weights = sum(map(_weight_bytes, outline.by_name().values()))
+    if free is None or weights + roomy_activations(outline, plan) <= free:
+        need = MemoryNeed({}, {})
+        chosen = need.plan("fast" if name == "auto" else name, device)
+    else:
+        plans = memory_plans(count_outline(outline, plan), asked, device, free)
+        chosen = _first_that_fits(plans, name, device, free, may_move_network)
+    chosen = _tiled_as_asked(chosen, asked)
+    moved = [f"{part} {mode}" for part, mode in chosen.modes.items() if mode != RESIDENT]
+    logger.info(
+        "memory plan %s on %s: %s%s",
+        chosen.name,
+        device,
+        ", ".join(moved) or "everything resident",
+        ", decoded in tiles" * chosen.is_tiled,
+    )
+    return chosen
+
+
+def lower_plan(name: str) -> str | None:
+    """The next smaller memory plan, or None for the smallest."""
+    place = MEMORY_PLANS.index(name) + 1
+    return MEMORY_PLANS[place] if place < len(MEMORY_PLANS) else None
+
+
+def memory_plans(
+    need: MemoryNeed, asked: Performance, device: torch.device, free: int | None
+) -> dict[str, tuple[MemoryPlan, int]]:
+    """Name -> each memory plan with the keys of `asked`, and the bytes that it needs."""
+    plans = {name: need.plan(name, device, free) for name in MEMORY_PLANS}
+    tiled = {name: _tiled_as_asked(plan, asked) for name, plan in plans.items()}
+    return {name: (plan, need.peak(plan)) for name, plan in tiled.items()}
+
+
+def _tiled_as_asked(plan: MemoryPlan, asked: Performance) -> MemoryPlan:
+    whole = asked.enable_model_cpu_offload and asked.memory == "auto"
+    is_tiled = asked.enable_vae_tiling or (plan.is_tiled and not whole)
+    return replace(plan, is_tiled=is_tiled)
+
+
+def _first_that_fits(
+    plans: Mapping[str, tuple[MemoryPlan, int]],
+    name: str,
+    device: torch.device,
+    free: int,
+    may_move_network: bool,
+) -> MemoryPlan:
+    """The plan of that name, or for `auto` the first that fits; on a CPU that is `fast` alone."""
+    tried: Sequence[str] = (name,)
+    if name == "auto":
+        tried = ("fast",) if device.type == "cpu" else MEMORY_PLANS[: 3 if may_move_network else 2]
+    for each in tried:
+        plan, needed = plans[each]
+        if needed <= free:
+            return plan
+    fitting = [f"memory {each!r} would fit" for each in plans if plans[each][1] <= free]
+    hint = "no memory plan would; use 8-bit weights (quantize), bfloat16, or a smaller last stage"
+    raise BadInputError(
+        f"memory {tried[-1]!r} needs {needed} bytes on {device}, where {free} are free: "
+        f"{needed - free} too few; {(fitting or [hint])[0]}"
+    )
+
+
+def roomy_activations(outline: Components, plan: Plan) -> int:
+    """A bound that the counted activations stay far below, without counting: it takes seconds."""
+    pixels = max(stage.height * stage.width for stage in plan.stages)
+    network, text = outline.network.config, outline.text_encoder.config
+    channels = max(outline.autoencoder.config.level_channels[:2])
+    tokens = pixels // (STRIDE * PATCH) ** 2 + 2 * padded_length(CAPTION_TOKENS)
+    stage = 2 * tokens * (24 * network.dim + 8 * network.ffn_dim)
+    wide = text.num_heads * text.head_dim + text.hidden_size + text.intermediate_size
+    prompt = padded_length(CAPTION_TOKENS) * wide * 24 + text.hidden_size * text.intermediate_size
+    return 4 * max(12 * channels * pixels, stage, 8 * prompt)
 
 
 def _weight_bytes(module: nn.Module) -> int:
@@ -93,11 +302,17 @@ def _stage_bytes(network: Transformer, stage: Stage) -> int:
     return _peak_bytes(network, lambda: network(latent, caption, modulation, rotary))
 
 
-def _decode_bytes(autoencoder: Autoencoder, plan: Plan) -> int:
+def _prompt_bytes(encoder: TextEncoder) -> int:
+    ids = torch.empty(1, padded_length(CAPTION_TOKENS), dtype=torch.int64)
+    rotary = torch.empty(2, ids.shape[1], encoder.config.head_dim)
+    return _peak_bytes(encoder, lambda: encoder(ids, rotary))
+
+
+def _decode_bytes(autoencoder: Autoencoder, plan: Plan, tile: int | None = None) -> int:
     last = plan.stages[-1]
     channels = autoencoder.config.latent_channels
     latent = torch.empty(1, channels, last.height // STRIDE, last.width // STRIDE)
-    return _peak_bytes(autoencoder, lambda: autoencoder.decode(latent))
+    return _peak_bytes(autoencoder, lambda: autoencoder.decode(latent, tile=tile))
 
 
 def _peak_bytes(module: nn.Module, work: Callable[[], Tensor]) -> int:

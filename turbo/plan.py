@@ -98,6 +98,9 @@ ATTENTION: tuple[str, ...] = (
 )
 """What computes the network's attention; `auto` is the fastest on a GPU, `sdpa` on a CPU."""
 
+MEMORY: tuple[str, ...] = ("auto", "fast", "balanced", "low")
+"""Memory plans, each smaller and slower than the one before; `auto` is the first that fits."""
+
 _DTYPE_ALIASES = {
     "fp32": "float32",
     "bf16": "bfloat16",
@@ -237,10 +240,20 @@ class LoraSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Performance:
     """Trades time for memory. Only tiling changes the picture, by little, and attention its last
-    bits."""
+    bits.
 
+    `fast` keeps everything on the device. `balanced` has the text encoder there only while it works
+    and decodes in tiles. `low` has each part there only while it works, block by block where the
+    part alone is too large, and decodes in tiles. Parts rest in host memory; beside a CPU they are
+    read from their files again. `auto` is the first of these that fits a GPU, on a CPU `fast`.
+    """
+
+    memory: str = "auto"
+    """One of `MEMORY`."""
+    allow_fallback: bool = False
+    """When memory runs out, try once more as the next smaller memory plan has it."""
     enable_model_cpu_offload: bool = False
-    """Keep the parts that are not at work in host memory."""
+    """`low` without tiles: keep the parts that are not at work off the device."""
     enable_vae_slicing: bool = False
     """Decode several pictures one after the other."""
     enable_vae_tiling: bool = False
@@ -250,9 +263,17 @@ class Performance:
 
     def __post_init__(self) -> None:
         check = _Checker(self, "performance")
-        for name in ("enable_model_cpu_offload", "enable_vae_slicing", "enable_vae_tiling"):
-            check.flag(name)
         check.choice("attention", ATTENTION)
+        check.choice("memory", MEMORY)
+        for item in fields(self):
+            if item.name not in ("memory", "attention"):
+                check.flag(item.name)
+        if self.enable_model_cpu_offload and self.memory in ("fast", "balanced"):
+            check.fail(
+                "memory",
+                f"{self.memory!r} does not go with enable_model_cpu_offload, which moves every "
+                "part as 'low' does; use memory 'low', or turn the offload off",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -464,13 +464,15 @@ def test_an_offloaded_model_warms_up_one_module_at_a_time(
     engine.accelerator.install(engine.models)
     held: list[nn.Module] = []
     most = 0
+    bring = engine._on_device
 
     @contextlib.contextmanager
     def on_device(module: nn.Module) -> Iterator[None]:
         nonlocal most
         held.append(module)
         most = max(most, len(set(held)))
-        yield
+        with bring(module):
+            yield
         held.pop()
 
     monkeypatch.setattr(engine, "_on_device", on_device)

@@ -34,6 +34,7 @@ from turbo.errors import (
     FailureError,
     LoraError,
     NonFiniteLatentError,
+    OutOfMemoryError,
     PlanError,
 )
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
@@ -718,7 +719,7 @@ def test_a_failure_while_a_lora_is_written_changes_no_later_picture(
     fresh.generate("a cat", seed=7, loras=[loras / "both.safetensors"])
     with monkeypatch.context() as patched:
         patched.setattr("turbo.fusing.apply_patches", _out_of_memory)
-        with pytest.raises(MemoryError):
+        with pytest.raises(OutOfMemoryError, match="memory ran out while the model was loaded"):
             fresh.generate("a cat", seed=7, loras=[loras / "network.safetensors"])
     assert same_weights(weights(fresh), before)
     assert bits(fresh.generate("a cat", seed=7)) == plain

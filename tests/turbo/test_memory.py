@@ -60,7 +60,7 @@ def test_the_real_model_needs_what_its_files_hold(shared: Path):
     )
     gib = {name: round(count / 2**30, 2) for name, count in need.weights.items()}
     assert gib == {"network": 11.46, "text_encoder": 7.3, "autoencoder": 0.16}
-    assert list(need.activations) == ["stage1", "stage2", "stage3", "decode"]
+    assert list(need.activations) == ["prompt", "stage1", "stage2", "stage3", "decode"]
     # The widest feature map alone, and no more than a few of them.
     widest = 256 * 864 * 672 * 2
     assert 2 * widest < need.activations["decode"] < 6 * widest

@@ -1,0 +1,392 @@
+"""Where a model's weights are while their part works and while it rests.
+
+A part can be *resident* (on the device always), come *whole* when it works, or be *streamed*: block
+by block while it works. Beside a GPU, weights that rest are in pinned host memory, from which they
+are copied without waiting; the next block's copy runs while a block computes, and nothing is ever
+copied back. On a CPU they rest nowhere: their memory is given back, and they are read from the
+model's files again, which the system's page cache usually holds.
+
+Weights that are absent are on the meta device, so whoever writes weights can tell. A part's
+parameters are exchanged as objects: nobody may keep them, or views of them, from one turn of work
+to the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turbo.checkpoint import WeightHolder, native_weights
+from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
+from turbo.quantize import QuantizedRows
+from turbo.text_encoder import TextEncoder
+from turbo.transformer import Transformer
+
+RESIDENT, WHOLE, STREAMED = "resident", "whole", "streamed"
+
+AT_ONCE = 2
+"""Blocks of a streamed part that are on the device at a time: one at work, one on its way."""
+
+Fill = Callable[[str, Collection[str]], None]
+"""Writes the weights of a component that have these native names; they are on no meta device."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How each part is held; see `turbo.plan.Performance` for the names."""
+
+    name: str
+    """`fast`, `balanced` or `low`."""
+    modes: Mapping[str, str]
+    """Component -> `RESIDENT`, `WHOLE` or `STREAMED`."""
+    is_tiled: bool
+    """Whether pictures are decoded in tiles whatever the request's plan says."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether any part is not always on the device."""
+        return any(mode != RESIDENT for mode in self.modes.values())
+
+
+_ALL_RESIDENT = dict.fromkeys((NETWORK, TEXT_ENCODER, AUTOENCODER), RESIDENT)
+RESIDENT_PLAN = MemoryPlan("fast", _ALL_RESIDENT, is_tiled=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What a streamed part fetches at a time."""
+
+    module: nn.Module
+    """Runs with these weights and no other way."""
+    parameters: tuple[nn.Parameter, ...]
+
+
+def blocks_of(module: nn.Module) -> tuple[tuple[Block, ...], ...]:
+    """A component's blocks, in rings in which they run one after the other.
+
+    The network's norms and modulation are read outside the blocks' turns, so only the large
+    matrices come and go. The autoencoder has no blocks.
+    """
+    if isinstance(module, TextEncoder):
+        return (tuple(Block(layer, tuple(layer.parameters())) for layer in module.layers),)
+    if isinstance(module, Transformer):
+        rings = ([*module.context_refiner], [*module.noise_refiner, *module.layers])
+        return tuple(tuple(map(_matrices, ring)) for ring in rings)
+    return ()
+
+
+def _matrices(block: nn.Module) -> Block:
+    parts = (block.get_submodule("attention"), block.get_submodule("feed_forward"))
+    return Block(block, tuple(weight for part in parts for weight in part.parameters()))
+
+
+def streamed_bytes(module: nn.Module) -> int:
+    """Most bytes of a component's weights on the device at a time while it is streamed."""
+    sizes = [_bytes(block.parameters) for ring in blocks_of(module) for block in ring]
+    return _bytes(module.parameters()) - sum(sizes) + AT_ONCE * max(sizes, default=0)
+
+
+def _bytes(weights: Any) -> int:
+    return sum(weight.untyped_storage().nbytes() for weight in weights)
+
+
+@dataclass(eq=False)
+class _Slot:
+    """One parameter's place in its module."""
+
+    owner: nn.Module
+    name: str
+    outline: nn.Parameter
+    """The parameter on the meta device."""
+    has_padding: bool
+    """Whether it holds values that no file has, which are 0."""
+
+    def put(self, parameter: nn.Parameter) -> None:
+        self.owner._parameters[self.name] = parameter
+
+    def make(self, device: torch.device | str, *, pinned: bool = False) -> nn.Parameter:
+        new = torch.zeros if self.has_padding else torch.empty
+        shape, dtype = self.outline.shape, self.outline.dtype
+        # Made in inference mode, they could not be written outside it.
+        with torch.inference_mode(mode=False):
+            values = new(shape, dtype=dtype, device=device, pin_memory=pinned)
+            return nn.Parameter(values, requires_grad=False)
+
+
+@dataclass(eq=False)
+class _Group:
+    """Parameters that come and go together."""
+
+    slots: list[_Slot]
+    names: list[str]
+    """Native names of what they hold."""
+    resting: list[nn.Parameter] | None = None
+    """In host memory, beside a GPU."""
+    coming: tuple[list[nn.Parameter], Any] | None = None
+    """On the way to the device, and the event after the copy."""
+
+    def put(self, parameters: Sequence[nn.Parameter]) -> None:
+        for slot, parameter in zip(self.slots, parameters, strict=True):
+            slot.put(parameter)
+
+    def clear(self) -> None:
+        """Make the weights absent."""
+        self.put([slot.outline for slot in self.slots])
+
+    def rest(self) -> None:
+        if self.resting is None:
+            self.clear()
+        else:
+            self.put(self.resting)
+
+
+@dataclass(eq=False)
+class _Component:
+    base: _Group
+    """What is no block's."""
+    rings: list[list[_Group]]
+    blocks: dict[nn.Module, tuple[list[_Group], int]]
+    """Block -> its ring and place there."""
+    mode: str | None = None
+    """None: nothing is there."""
+    depth: int = 0
+    """How many have asked for it to be at work."""
+    hooks: list[Any] = field(default_factory=list)
+
+    @property
+    def groups(self) -> list[_Group]:
+        return [self.base, *(group for ring in self.rings for group in ring)]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for group in self.groups for name in group.names]
+
+
+class Placement:
+    """Moves the weights of components as a memory plan says.
+
+    Args:
+        modules: Component -> module on the meta device, which is given its weights here.
+        device: Where work is done.
+        fill: Writes weights; see `Fill`.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], device: torch.device, fill: Fill) -> None:
+        self._device = device
+        self._fill = fill
+        self._names = {module: component for component, module in modules.items()}
+        self._components = {name: _arrange(module) for name, module in modules.items()}
+        self._pins = device.type == "cuda"
+        self._side: torch.cuda.Stream | None = None
+
+    def use(self, plan: MemoryPlan) -> None:
+        """Hold each component as a plan says, which may read its files.
+
+        What leaves the device goes first. If this fails, the component that failed is absent and
+        the others are as they were or as the plan says; it can be called again.
+        """
+        for component, part in self._components.items():
+            if part.mode != plan.modes[component]:
+                self._leave(part)
+        for component, part in self._components.items():
+            if part.mode is None:
+                self._enter(component, part, plan.modes[component])
+
+    def clear(self) -> None:
+        """Make everything absent."""
+        for part in self._components.values():
+            self._leave(part)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the weights that are on the device now."""
+        groups = [group for part in self._components.values() for group in part.groups]
+        there = [slot.owner._parameters[slot.name] for group in groups for slot in group.slots]
+        device = self._device.type
+        return _bytes(
+            weight for weight in there if weight is not None and weight.device.type == device
+        )
+
+    def at_work(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Have a component's weights on the device, or its blocks' when each runs."""
+        component = self._names[module]
+        part = self._components[component]
+        if part.mode == RESIDENT:
+            return contextlib.nullcontext()
+        return self._turn(component, part)
+
+    @contextlib.contextmanager
+    def _turn(self, component: str, part: _Component) -> Iterator[None]:
+        groups = [part.base] if part.mode == STREAMED else part.groups
+        part.depth += 1
+        try:
+            if part.depth == 1:
+                self._bring(component, groups)
+            yield
+        finally:
+            part.depth -= 1
+            if part.depth == 0:
+                for group in part.groups:
+                    self._stop(group)
+                    group.rest()
+
+    def _leave(self, part: _Component) -> None:
+        """Make a component absent."""
+        for hook in part.hooks:
+            hook.remove()
+        part.hooks.clear()
+        for group in part.groups:
+            group.resting = None
+            group.clear()
+        part.mode = None
+
+    def _enter(self, component: str, part: _Component, mode: str) -> None:
+        try:
+            if mode == RESIDENT or self._pins:
+                self._read(component, part, resident=mode == RESIDENT)
+        except BaseException:
+            self._leave(part)
+            raise
+        if mode == STREAMED:
+            for block in part.blocks:
+                before = block.register_forward_pre_hook(self._fetcher(component, part))
+                after = block.register_forward_hook(_dropper(part), always_call=True)
+                part.hooks += [before, after]
+        part.mode = mode
+
+    def _read(self, component: str, part: _Component, *, resident: bool) -> None:
+        """Fill all of a component, on the device or where it rests beside a GPU."""
+        device = self._device if resident else torch.device("cpu")
+        for group in part.groups:
+            made = [slot.make(device, pinned=not resident) for slot in group.slots]
+            group.put(made)
+            group.resting = None if resident else made
+        self._fill(component, part.names)
+
+    def _bring(self, component: str, groups: Sequence[_Group]) -> None:
+        if self._pins:
+            for group in groups:
+                self._start(group)
+            for group in groups:
+                self._finish(group)
+            return
+        for group in groups:
+            group.put([slot.make(self._device) for slot in group.slots])
+        self._fill(component, [name for group in groups for name in group.names])
+
+    def _fetcher(self, component: str, part: _Component) -> Callable[..., None]:
+        def fetch(block: nn.Module, inputs: Any) -> None:
+            ring, place = part.blocks[block]
+            if not self._pins:
+                self._bring(component, [ring[place]])
+                return
+            self._start(ring[place])
+            self._finish(ring[place])
+            following = ring[(place + 1) % len(ring)]
+            if following is not ring[place]:
+                self._start(following)
+
+        return fetch
+
+    def _start(self, group: _Group) -> None:
+        """Begin to copy a group to the GPU, beside the work that is queued there."""
+        if group.coming is not None or group.resting is None:
+            return
+        compute = torch.cuda.current_stream(self._device)
+        if self._side is None:
+            self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        made = [slot.make(self._device) for slot in group.slots]
+        # This memory may be another tensor's until the work queued so far is done.
+        self._side.wait_stream(compute)
+        with torch.cuda.stream(self._side):
+            for target, source in zip(made, group.resting, strict=True):
+                target.data.copy_(source.data, non_blocking=True)
+        group.coming = made, self._side.record_event()
+
+    def _finish(self, group: _Group) -> None:
+        """Let the work that is queued from now on use what `_start` began to copy."""
+        if group.coming is not None:
+            made, event = group.coming
+            torch.cuda.current_stream(self._device).wait_event(event)
+            group.put(made)
+            group.coming = None
+
+    def _stop(self, group: _Group) -> None:
+        """Drop what is on its way; its memory is free again when the copy is done."""
+        if group.coming is not None:
+            torch.cuda.current_stream(self._device).wait_event(group.coming[1])
+            group.coming = None
+
+
+def _dropper(part: _Component) -> Callable[..., None]:
+    def drop(block: nn.Module, inputs: Any, output: Any) -> None:
+        ring, place = part.blocks[block]
+        ring[place].rest()
+
+    return drop
+
+
+def _arrange(module: nn.Module) -> _Component:
+    slots = _slots(module)
+    names = _names_of(module)
+    groups: list[list[_Group]] = []
+    blocks: dict[nn.Module, tuple[list[_Group], int]] = {}
+    left = dict(slots)
+    for ring in blocks_of(module):
+        made: list[_Group] = []
+        groups.append(made)
+        for block in ring:
+            blocks[block.module] = made, len(made)
+            made.append(_group([left.pop(parameter) for parameter in block.parameters], names))
+    return _Component(_group(list(left.values()), names), groups, blocks)
+
+
+def _group(slots: list[_Slot], names: Mapping[int, Collection[str]]) -> _Group:
+    keys = [_key(slot.outline) for slot in slots]
+    return _Group(slots, list(dict.fromkeys(name for key in keys for name in names.get(key, ()))))
+
+
+def _slots(module: nn.Module) -> dict[nn.Parameter, _Slot]:
+    filled = _filled_values(module)
+    return {
+        parameter: _Slot(owner, name, parameter, filled.get(_key(parameter), 0) < parameter.numel())
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None
+    }
+
+
+def _names_of(module: Any) -> dict[int, list[str]]:
+    """Storage -> native names of the weights in it."""
+    names: dict[int, list[str]] = {}
+    for name, weight in _weights(module):
+        for tensor in _tensors(weight):
+            names.setdefault(_key(tensor), []).append(name)
+    return names
+
+
+def _filled_values(module: Any) -> dict[int, int]:
+    """Storage -> how many of its values the files fill."""
+    filled: dict[int, int] = {}
+    for _, weight in _weights(module):
+        for tensor in _tensors(weight):
+            filled[_key(tensor)] = filled.get(_key(tensor), 0) + tensor.numel()
+    return filled
+
+
+def _weights(module: WeightHolder) -> Iterator[tuple[str, Tensor | QuantizedRows]]:
+    yield from native_weights(module).items()
+
+
+def _tensors(weight: Tensor | QuantizedRows) -> tuple[Tensor, ...]:
+    return (weight.values, weight.scales) if isinstance(weight, QuantizedRows) else (weight,)
+
+
+def _key(tensor: Tensor) -> int:
+    key: int = tensor.untyped_storage()._cdata
+    return key
