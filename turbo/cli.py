@@ -24,6 +24,7 @@ IMAGES_LIMIT = 1000
 STEPS_LIMIT = 1000
 SWITCH = ("auto", "on", "off")
 CAPTURES = ("auto", "cuda-graph", "replay", "eager")
+MEMORY = ("auto", "fast", "balanced", "low")
 QUANTIZE = ("auto", "none", "fp8", "int8", "int8-weight-only")
 ATTENTION = ("auto", "sdpa", "cudnn", "flash", "efficient", "xformers", "flex")
 
@@ -90,8 +91,8 @@ def _describe(error: Exception) -> str:
         return f"{error.strerror}{where} (--debug shows where)"
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate" in text:
         return (
-            "out of memory; --dry-run shows the need: use --dtype bfloat16, smaller stages, or "
-            f"enable_vae_tiling or enable_model_cpu_offload in a plan ({text or kind})"
+            "out of memory; --dry-run shows the need: use --memory low, --dtype bfloat16 or "
+            f"smaller stages ({text or kind})"
         )
     return f"unexpected {kind}: {text} (--debug shows where)"
 
@@ -155,8 +156,12 @@ def _add_info(commands: Any) -> None:
 
 
 def _add_plan(commands: Any) -> None:
-    parser = _add_command(commands, "plan", "print the resolved plan as YAML")
+    parser = _add_command(
+        commands, "plan", "print the resolved plan as YAML, and what memory a model needs for it"
+    )
     _add_plan_options(parser)
+    _add_model_options(parser)
+    _add_memory(parser)
     parser.add_argument("-o", "--output", metavar="FILE.yaml", help="write it to a new file")
 
 
@@ -273,11 +278,27 @@ def _add_speed_options(parser: argparse.ArgumentParser) -> None:
         choices=ATTENTION,
         help="what computes attention; auto (default): on a GPU the fastest, found at warm-up",
     )
+    _add_memory(speed)
+    speed.add_argument(
+        "--allow-fallback",
+        action="store_true",
+        help="when memory runs out, try once more with the next smaller --memory",
+    )
     cache = speed.add_mutually_exclusive_group()
     _add_cache_dir(cache)
     cache.add_argument("--no-cache", action="store_true", help="keep no compiled code on disk")
     speed.add_argument(
         "--strict-speed", action="store_true", help="fail where something cannot be made fast"
+    )
+
+
+def _add_memory(parser: Any) -> None:
+    parser.add_argument(
+        "--memory",
+        metavar="|".join(MEMORY),
+        choices=MEMORY,
+        help="fast keeps all on the device, balanced moves the text encoder out, low every part; "
+        "auto (default): the first that fits",
     )
 
 
@@ -303,6 +324,9 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     )
     out.add_argument(
         "--dry-run", action="store_true", help="print plan and memory need, load nothing"
+    )
+    out.add_argument(
+        "--timings", action="store_true", help="print the start's parts and seconds to stderr"
     )
     out.add_argument("--json", action="store_true", help="print one JSON object a picture")
     out.add_argument("--quiet", action="store_true", help="print nothing but errors and --json")

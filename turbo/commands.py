@@ -24,12 +24,16 @@ from turbo.plan import DEFAULT_PLAN, SEED_LIMIT, Plan, dump_plan, load_plan, pla
 from turbo.whole_file import require_writable_folder, write_whole
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
+    from turbo.checkpoint import Checkpoint
     from turbo.compile import CacheEntry
+    from turbo.components import Components
     from turbo.engine import Engine, Result
     from turbo.memory import MemoryNeed
     from turbo.model_files import ModelFiles
+    from turbo.placement import MemoryPlan
     from turbo.progress import ProgressBar
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?(nan|inf|infinity)", re.I)
@@ -52,7 +56,10 @@ def resolve_plan(args: Namespace) -> Plan:
         PlanError: The file or a number is wrong.
     """
     plan = DEFAULT_PLAN if args.plan is None else load_plan(args.plan)
-    return plan.resolved(False if args.single_stage else None, args.steps, args.cfg)
+    plan = plan.resolved(False if args.single_stage else None, args.steps, args.cfg)
+    memory = {"memory": args.memory, "allow_fallback": getattr(args, "allow_fallback", False)}
+    given: dict[str, Any] = {name: value for name, value in memory.items() if value}
+    return replace(plan, performance=replace(plan.performance, **given))
 
 
 def with_model(plan: Plan, args: Namespace) -> Plan:
@@ -135,15 +142,26 @@ def _size(count: float) -> str:
 
 
 def plan(args: Namespace) -> None:
-    """``turbo plan``: print the resolved plan, or write it to a new file."""
-    text = dump_plan(resolve_plan(args))
+    """``turbo plan``: print the resolved plan, or write it to a new file.
+
+    Where a model is known, its need of memory follows as comments, which a plan file may have.
+    """
+    asked = resolve_plan(args)
+    plan = with_model(asked, args)
+    path = args.model or asked.model.path  # not the environment's, which holds here alone
+    text = dump_plan(replace(plan, model=replace(plan.model, path=path)))
+    paths = ModelPaths.of(plan, args.diffusion_model)
+    if not paths.is_built_in:
+        files = paths.find()
+        need = _Need.of(plan, files.open())
+        text += "".join(f"# {one_line(line, limit=None)}\n" for line in need.lines(files))
     if args.output is None:
         print(text, end="")
         return
-    path = Path(os.path.expanduser(args.output))
-    require_writable_folder(path.parent)
+    out = Path(os.path.expanduser(args.output))
+    require_writable_folder(out.parent)
     try:
-        write_whole(path, text.encode(), overwrite=False)
+        write_whole(out, text.encode(), overwrite=False)
     except FileExistsError:
         raise BadInputError(f"{args.output!r} exists; give a name that is free") from None
 
@@ -210,6 +228,68 @@ def quantize(args: Namespace) -> None:
         write_quantized(files, out, args.quantize, progress)
     if not args.quiet:
         print(one_line(f"wrote {out}; turbo generate --model {out} uses it", limit=None))
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What a model needs for a plan on a device."""
+
+    outline: Components
+    need: MemoryNeed
+    plans: dict[str, tuple[MemoryPlan, int]]
+    """Name -> how the parts are held, and the peak."""
+    device: torch.device
+
+    @classmethod
+    def of(cls, plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> _Need:
+        from turbo.components import Components
+        from turbo.devices import free_bytes, pick_device
+        from turbo.memory import count_outline, memory_plans, weight_dtypes
+        from turbo.names import NETWORK
+        from turbo.quantize import pick_quantization
+
+        device = pick_device(plan.model.device)
+        kept = pick_quantization(plan.model.quantize, checkpoints[NETWORK].quantization, device)
+        dtypes = weight_dtypes(plan.model.torch_dtype, plan.model.device)
+        outline = Components.outline(checkpoints, dtypes, kept)
+        need = count_outline(outline, plan)
+        plans = memory_plans(need, plan.performance, device, free_bytes(device))
+        return cls(outline, need, plans, device)
+
+    def lines(self, files: ModelFiles) -> Iterator[str]:
+        """Each part's bytes, and each memory plan's peak."""
+        from turbo.placement import RESIDENT
+
+        held = {
+            "network": files.network,
+            "text_encoder": files.text_encoder,
+            "autoencoder": files.vae,
+        }
+        for component, count in self.need.weights.items():
+            yield f"weights of {component}: {_size(count)}, from {held[component]}"
+        for stage, count in self.need.activations.items():
+            yield f"largest activations of {stage}: {_size(count)}"
+        yield f"largest activations of decode in tiles: {_size(self.need.tiled_decode)}"
+        yield f"all weights and the largest activations: {_size(self.need.total)}"
+        for name, (plan, peak) in self.plans.items():
+            moved = [f"{part} {mode}" for part, mode in plan.modes.items() if mode != RESIDENT]
+            how = ", ".join(moved or ["all resident"]) + ", decoded in tiles" * plan.is_tiled
+            yield f"memory {name}: {_size(peak)} at most on {self.device} ({how})"
+        yield "activations are counted for 64 prompt tokens, without what libraries use themselves"
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for programs."""
+        plans = {
+            name: {"peak": peak, "parts": dict(plan.modes), "tiled": plan.is_tiled}
+            for name, (plan, peak) in self.plans.items()
+        }
+        return {
+            "weights": self.need.weights,
+            "activations": self.need.activations,
+            "tiled_decode": self.need.tiled_decode,
+            "total": self.need.total,
+            "plans": plans,
+        }
 
 
 # turbo cache; PyTorch is not imported
@@ -312,6 +392,7 @@ def generate(args: Namespace) -> None:
     plan = with_model(resolve_plan(args), args)
     paths = ModelPaths.of(plan, args.diffusion_model)
     loras = [_weighted(text, plan.lora.default_strength) for text in args.lora]
+    begin = time.perf_counter()
     outputs = Outputs.of(args)
     outputs.check([stage.name for stage in plan.stages[:-1]] if args.save_stages else [])
     image = _read_start(args)
@@ -319,6 +400,7 @@ def generate(args: Namespace) -> None:
         _dry_run(args, plan, paths, loras, outputs)
         return
     _print_notices(args, plan, paths)
+    imports = _import_seconds() if args.timings else 0.0
     # Where the model lies on this machine is no part of what a picture says about itself.
     plan = replace(plan, model=replace(DEFAULT_PLAN.model, **_precision(plan)))
     with _progress(plan, args) as progress:
@@ -354,6 +436,8 @@ def generate(args: Namespace) -> None:
             saved = outputs.save(result, number, plan.stages[-1].name)
             progress.end_line()
             _print_result(args, result, saved, time.perf_counter() - started)
+            if args.timings and number == 1:
+                _print_timings(engine, result, imports, time.perf_counter() - begin)
             seed = (result.seed + 1) % SEED_LIMIT
 
 
@@ -465,6 +549,28 @@ def _print_result(args: Namespace, result: Result, saved: Saved, seconds: float)
         print(f"{saved.path}: seed {result.seed}, {seconds:.2f} s{skipped}", flush=True)
 
 
+def _import_seconds() -> float:
+    """Import the engine, and PyTorch with it; how long it took."""
+    begin = time.perf_counter()
+    import turbo.engine  # noqa: F401
+
+    return time.perf_counter() - begin
+
+
+def _print_timings(engine: Engine, result: Result, imports: float, total: float) -> None:
+    """A table of the start's parts; what is indented is part of the line above it."""
+    load = engine.start_seconds["load"]
+    loading = {f"  {name}": value for name, value in engine.start_seconds.items() if name != "load"}
+    made = result.timings["total"]
+    compile_, capture = engine.accelerator.compile_seconds, engine.accelerator.capture_seconds
+    picture = {f"  {name}": value for name, value in result.timings.items() if name != "total"}
+    inside = {"  of these: compile": compile_, "  of these: capture": max(0.0, capture - compile_)}
+    rows = {"import": imports, "load": load, **loading, "first picture": made, **picture, **inside}
+    rows |= {"check and save": total - imports - load - made, "start to first file": total}
+    for name, seconds in rows.items():
+        print(f"{name:32}{seconds:9.3f} s", file=sys.stderr)
+
+
 # turbo generate --dry-run
 
 
@@ -478,36 +584,38 @@ def _dry_run(
     """Print the plan, files and memory need; standard output is YAML with comments, or JSON."""
     from turbo.acceleration import SpeedUps
     from turbo.attention import pick_attention
-    from turbo.components import Components
-    from turbo.engine import pick_device
+    from turbo.devices import pick_device
     from turbo.fusing import LoraChoice, LoraFuser
-    from turbo.memory import count_memory, weight_dtypes
+    from turbo.memory import choose_memory
     from turbo.precision import arithmetic_dtype
 
-    device, offload = pick_device(plan.model.device), plan.performance.enable_model_cpu_offload
+    performance = plan.performance
+    offload = performance.enable_model_cpu_offload or performance.memory == "low"
+    device = pick_device(plan.model.device)
     SpeedUps.choose(device, **_speed_ups(args), strict=args.strict_speed, offload=offload)
     files = paths.find()
     choices = [LoraChoice.parse(item, files.loras_dir, item[1]) for item in loras]
     found = [(str(choice.path), choice.strength) for choice in choices]
     checkpoints = files.open()
-    dtypes = weight_dtypes(plan.model.torch_dtype, plan.model.device)
-    need = count_memory(checkpoints, plan, dtypes)
-    outline = Components.outline(checkpoints, dtypes)
-    dtype = arithmetic_dtype(outline.network.dtype, device)
-    pick_attention(_attention(args, plan), device, dtype, outline.network.config.head_dim)
-    fuser = LoraFuser(outline.by_name(), checkpoints)
+    need = _Need.of(plan, checkpoints)
+    chosen = choose_memory(
+        need.outline, plan, device, may_move_network=args.capture in ("auto", "eager")
+    )
+    network = need.outline.network
+    dtype = arithmetic_dtype(network.dtype, device)
+    pick_attention(_attention(args, plan), device, dtype, network.config.head_dim)
+    fuser = LoraFuser(need.outline.by_name(), checkpoints)
     fuser.check(choices, strict=not args.no_strict_lora)
     names = [_dry_name(args, outputs, number) for number in range(1, args.n + 1)]
     if args.json:
-        weights, activations = need.weights, need.activations
-        memory = {"weights": weights, "activations": activations, "total": need.total}
+        memory = {**need.as_json(), "chosen": chosen.name}
         _print_json(
             {"plan": plan_to_dict(plan), "memory_bytes": memory, "loras": found, "files": names},
             indent=2,
         )
         return
     print(dump_plan(plan), end="")
-    for line in _dry_lines(need, files, found, names):
+    for line in (*need.lines(files), *_dry_lines(chosen.name, files, found, names)):
         print(f"# {line}")
 
 
@@ -519,15 +627,9 @@ def _dry_name(args: Namespace, outputs: Outputs, number: int) -> str:
 
 
 def _dry_lines(
-    need: MemoryNeed, files: ModelFiles, loras: list[tuple[str, float]], names: list[str]
+    memory: str, files: ModelFiles, loras: list[tuple[str, float]], names: list[str]
 ) -> Iterator[str]:
-    held = {"network": files.network, "text_encoder": files.text_encoder, "autoencoder": files.vae}
-    for component, count in need.weights.items():
-        yield f"weights of {component}: {_size(count)}, from {held[component]}"
-    for stage, count in need.activations.items():
-        yield f"largest activations of {stage}: {_size(count)}"
-    yield f"all weights and the largest activations: {_size(need.total)}"
-    yield "activations are counted for 64 prompt tokens, without what libraries use for themselves"
+    yield f"memory: {memory}"
     yield f"tokenizer: {files.tokenizer or 'not found'}"
     for path, strength in loras:
         yield f"LoRA: {path} at {strength:g}"

@@ -29,6 +29,7 @@ from turbo.commands import parse_lora
 from turbo.errors import BadInputError, NonFiniteLatentError
 from turbo.image_file import read_metadata
 from turbo.plan import DEFAULT_PLAN, ModelSettings, Plan, load_plan, plan_to_dict
+from turbo.testing import builtin_model
 
 SMALL_PLAN = """\
 generation:
@@ -792,6 +793,7 @@ def test_a_dry_run_prints_plan_and_memory_and_makes_nothing(
     assert err == ""
     assert re.search(r"# weights of network: [\d.]+ MiB, from .*safetensors", out)
     assert "# largest activations of decode: " in out
+    assert re.search(r"# memory low: [\d.]+ MiB at most on .*\n(# .*\n)*# memory: fast\n", out)
     assert re.search(r"# tokenizer: .+", out)
     assert "# pictures: a.png" in out
     Path("again.yaml").write_text(out)
@@ -801,7 +803,60 @@ def test_a_dry_run_prints_plan_and_memory_and_makes_nothing(
     told = json.loads(capsys.readouterr().out)
     memory = told["memory_bytes"]
     assert memory["total"] > sum(memory["weights"].values())
+    peaks = [memory["plans"][name]["peak"] for name in ("fast", "balanced", "low")]
+    assert peaks == sorted(peaks, reverse=True)
+    assert memory["total"] == peaks[0]
+    assert memory["chosen"] == "fast"
     assert told["files"] == ["turbo-42.png"]
+
+
+@pytest.mark.parametrize("command", ["generate", "plan"])
+def test_a_memory_plan_that_does_not_go_with_the_plan_is_bad_input(
+    command: str, capsys: pytest.CaptureFixture[str]
+):
+    Path("offload.yaml").write_text("performance: {enable_model_cpu_offload: true}")
+    what = [command, *["a cat"] * (command == "generate"), "--plan", "offload.yaml"]
+    message = refused(capsys, *what, "--memory", "balanced")
+    assert "memory 'balanced' does not go with enable_model_cpu_offload" in message
+
+
+def test_a_plan_tells_what_memory_the_model_needs_for_it(
+    small: list[str], capsys: pytest.CaptureFixture[str]
+):
+    model = str(builtin_model())
+    options = ["--plan", "plan.yaml", "--model", model, "--device", "cpu", "--memory", "low"]
+    assert main(["plan", *options]) == 0
+    out = capsys.readouterr().out
+    for name in ("fast", "balanced", "low"):
+        assert re.search(rf"# memory {name}: [\d.]+ MiB at most on cpu \(", out)
+    Path("again.yaml").write_text(out)
+    assert load_plan("again.yaml").performance.memory == "low"
+    assert load_plan("again.yaml").stages == load_plan("plan.yaml").stages
+
+
+def test_timings_are_a_table_of_the_starts_parts(
+    small: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert main([*small, "--device", "cpu", "--quiet", "--timings", "-o", "a.png"]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    rows = re.findall(r"^( *\S.*?) +(\d+\.\d{3}) s$", err, re.MULTILINE)
+    seconds = {name.strip(): float(value) for name, value in rows}
+    assert [*seconds][:7] == [
+        "import",
+        "load",
+        "find files",
+        "plan memory",
+        "read network",
+        "read text encoder",
+        "read autoencoder",
+    ]
+    whole = ("import", "load", "first picture", "check and save")
+    assert sum(seconds[name] for name in whole) == pytest.approx(
+        seconds["start to first file"], abs=0.005
+    )
+    inside = [value for name, value in rows if name.startswith("  read")]
+    assert sum(map(float, inside)) <= seconds["load"] + 0.005
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])

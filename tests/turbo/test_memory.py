@@ -13,11 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from turbo.components import component_dtypes
-from turbo.errors import CheckpointError
-from turbo.memory import MemoryNeed, _peak_bytes, count_memory, weight_dtypes
+from turbo.components import Components, component_dtypes
+from turbo.errors import BadInputError, CheckpointError
+from turbo.memory import (
+    MemoryNeed,
+    _first_that_fits,
+    _peak_bytes,
+    count_memory,
+    count_outline,
+    memory_plans,
+    roomy_activations,
+    weight_dtypes,
+)
 from turbo.model_files import find_model_files
-from turbo.plan import DEFAULT_PLAN
+from turbo.plan import DEFAULT_PLAN, Performance
 from turbo.testing import TINY_AUTOENCODER, make_tiny_model
 
 FLOAT32 = weight_dtypes("float32", "cpu")
@@ -105,3 +114,89 @@ def test_an_autoencoder_with_groups_of_its_own_is_counted(tmp_path: Path, monkey
     config.write_text(config.read_text().replace('"norm_num_groups": 32', '"norm_num_groups": 16'))
     need = count_memory(find_model_files(folder).open(), DEFAULT_PLAN, FLOAT32)
     assert need.activations["decode"] > 0
+
+
+def test_what_is_not_counted_is_far_above_what_is(tmp_path: Path):
+    checkpoints = find_model_files(make_tiny_model(tmp_path / "model")).open()
+    outline = Components.outline(checkpoints, FLOAT32)
+    for height in (864, 1920, 64):
+        last = replace(DEFAULT_PLAN.stages[-1], height=height, cfg=2.0)
+        plan = replace(DEFAULT_PLAN, stages=(*DEFAULT_PLAN.stages[:-1], last))
+        counted = max(count_outline(outline, plan).activations.values())
+        assert roomy_activations(outline, plan) > 1.5 * counted
+
+
+NEED = MemoryNeed(
+    weights={"network": 600, "text_encoder": 700, "autoencoder": 20},
+    activations={"prompt": 5, "stage1": 10, "stage2": 40, "decode": 90},
+    tiled_decode=30,
+    streamed={"network": 60, "text_encoder": 110, "autoencoder": 20},
+)
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "free", "peak"),
+    [
+        ("fast", CUDA, None, 600 + 700 + 20 + 90),
+        ("balanced", CUDA, None, 600 + 20 + 700 + 5),
+        ("balanced", CUDA, 800, 600 + 20 + 110 + 5),
+        ("balanced", CPU, None, 600 + 20 + 110 + 5),
+        ("low", CUDA, None, 700 + 5),
+        ("low", CUDA, 700, 600 + 40),
+        ("low", CUDA, 600, 110 + 5),
+        ("low", CPU, None, 600 + 40),
+    ],
+)
+def test_a_memory_plan_needs_what_is_there_at_once(
+    name: str, device: torch.device, free: int | None, peak: int
+):
+    plans = memory_plans(NEED, Performance(), device, free)
+    assert plans[name][1] == peak
+
+
+def test_a_plan_in_tiles_needs_less_and_offload_alone_has_none():
+    def peaks(**keys: Any) -> dict[str, int]:
+        plans = memory_plans(NEED, Performance(**keys), CUDA, 600)
+        return {name: peak for name, (_, peak) in plans.items()}
+
+    assert peaks(enable_vae_tiling=True)["fast"] == 600 + 700 + 20 + 40
+    assert peaks(enable_model_cpu_offload=True)["low"] == 110 + 5
+    plans = memory_plans(NEED, Performance(enable_model_cpu_offload=True), CUDA, None)
+    assert not plans["low"][0].is_tiled
+
+
+@pytest.mark.parametrize(
+    ("free", "asked", "chosen"),
+    [
+        (1500, "auto", "fast"),
+        (1400, "auto", "balanced"),
+        (730, "auto", "low"),
+        (1500, "low", "low"),
+    ],
+)
+def test_auto_is_the_first_plan_that_fits_a_gpu(free: int, asked: str, chosen: str):
+    plans = memory_plans(NEED, Performance(memory=asked), CUDA, free)
+    assert _first_that_fits(plans, asked, CUDA, free, True).name == chosen
+
+
+@pytest.mark.parametrize(
+    ("free", "asked", "may_move", "message"),
+    [
+        (730, "auto", False, "'balanced' needs 735 bytes on cuda, where 730 are free: 5 too few"),
+        (730, "fast", True, "memory 'low' would fit"),
+        (100, "auto", True, "no memory plan would; use 8-bit weights"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_with_numbers(
+    free: int, asked: str, may_move: bool, message: str
+):
+    plans = memory_plans(NEED, Performance(memory=asked), CUDA, free)
+    with pytest.raises(BadInputError, match=message):
+        _first_that_fits(plans, asked, CUDA, free, may_move)
+
+
+def test_on_a_cpu_auto_is_fast_or_an_error():
+    plans = memory_plans(NEED, Performance(), CPU, 1400)
+    with pytest.raises(BadInputError, match=r"memory 'fast' needs 1410 .* 'balanced' would fit"):
+        _first_that_fits(plans, "auto", CPU, 1400, True)

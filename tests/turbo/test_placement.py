@@ -1,0 +1,376 @@
+"""Memory plans: the same picture however the parts are held, and little there at a time."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import turbo.engine
+from tests.turbo.test_engine import PLAN, bits, load
+from turbo.engine import Engine, Result
+from turbo.errors import BadInputError, OutOfMemoryError
+from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
+from turbo.placement import RESIDENT, STREAMED, WHOLE, MemoryPlan, blocks_of
+from turbo.plan import Performance
+from turbo.testing import make_tiny_model
+
+ALL_STREAMED = MemoryPlan(
+    "low", {NETWORK: STREAMED, TEXT_ENCODER: STREAMED, AUTOENCODER: WHOLE}, is_tiled=True
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("placement") / "model")
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("placement") / "both.safetensors"
+    names = {
+        "diffusion_model.layers.0.attention.out.diff": (192, 192),
+        "text_encoders.qwen3_4b.transformer.model.layers.1.self_attn.o_proj.diff": (64, 64),
+    }
+    draws = torch.Generator().manual_seed(5)
+    save_file({name: torch.randn(*size, generator=draws) for name, size in names.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path) -> Engine:
+    return load(model)
+
+
+@pytest.fixture
+def want(plain: Engine) -> list[str]:
+    return bits(plain.generate("a cat", seed=7))
+
+
+def there(engine: Engine) -> set[str]:
+    """Parts of which any large weight is in memory."""
+    models = engine.models
+    parts = {
+        "network": models.transformer.layers[0].attention.out.weight,
+        "text encoder": models.text_encoder.layers[0].qkv,
+        "autoencoder": models.autoencoder.decoder.conv_in.weight,
+    }
+    return {name for name, weight in parts.items() if weight.device.type != "meta"}
+
+
+# How parts are held.
+
+
+@pytest.mark.parametrize(
+    ("memory", "resting"),
+    [
+        ("fast", {"network", "text encoder", "autoencoder"}),
+        ("balanced", {"network", "autoencoder"}),
+        ("low", set()),
+    ],
+)
+def test_a_memory_plan_changes_no_bit_and_keeps_what_it_says(
+    memory: str, resting: set[str], model: Path, want: list[str]
+):
+    engine = load(model, memory=memory)
+    for _ in range(2):
+        assert there(engine) == resting
+        result = engine.generate("a cat", seed=7)
+        assert bits(result) == want
+        assert result.metadata[0]["memory"] == memory
+    assert there(engine) == resting
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_streamed_network_has_one_block_there_at_a_time(
+    quantize: str | None, model: Path, plain: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(turbo.engine, "choose_memory", lambda *_, **__: ALL_STREAMED)
+    engine = load(model, quantize=quantize)
+    rings = [*blocks_of(engine.models.transformer), *blocks_of(engine.models.text_encoder)]
+    blocks = [block.module for ring in rings for block in ring]
+    counts: set[int] = set()
+
+    def count(*_: Any) -> None:
+        counts.add(sum(is_there(block) for block in blocks))
+
+    for block in blocks:
+        block.register_forward_pre_hook(count)
+    expected = plain if quantize is None else load(model, quantize=quantize)
+    want = bits(expected.generate("a cat", seed=7))
+    assert bits(engine.generate("a cat", seed=7)) == want
+    assert counts == {1}
+    assert not any(map(is_there, blocks))
+
+
+def is_there(block: nn.Module) -> bool:
+    """Whether a block has its largest matrix."""
+    return max(block.parameters(), key=torch.numel).device.type != "meta"
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("memory", ["balanced", "low"])
+def test_loras_come_and_go_while_weights_are_absent(
+    memory: str, keeps: bool, model: Path, plain: Engine, lora: Path, want: list[str]
+):
+    plan = replace(PLAN, lora=replace(PLAN.lora, cache_models=keeps))
+    engine = load(model, memory=memory, plan=plan)
+    changed = bits(plain.generate("a cat", seed=7, loras=[(lora, 0.5)]))
+    assert changed != want
+    for loras, expected in (([(lora, 0.5)], changed), ([], want), ([(lora, 0.5)], changed)):
+        engine.set_loras(loras)
+        assert bits(engine.generate("a cat", seed=7)) == expected
+    loaded = load(model, memory=memory, plan=plan, loras=[(lora, 0.5)])
+    assert bits(loaded.generate("a cat", seed=7)) == changed
+
+
+def test_captures_stay_where_the_weights_do(model: Path, want: list[str]):
+    engine = load(model, memory="balanced", capture="replay")
+    engine.warmup(buckets=(32,))
+    # The network at three sizes and its refiner; in tiles the decoder is not captured.
+    assert engine.counters.captures == 3 + 1
+    assert bits(engine.generate("a cat", seed=7)) == want
+
+
+def test_a_prompt_seen_before_reads_no_text_encoder(model: Path, monkeypatch: pytest.MonkeyPatch):
+    engine = load(model, memory="balanced")
+    engine.generate("a cat", seed=7)
+    read: list[str] = []
+    fill = engine._fuser.fill
+    monkeypatch.setattr(engine._fuser, "fill", lambda *a: (read.append(a[0]), fill(*a)))
+    engine.generate("a cat", seed=8)
+    assert read == []
+    engine.generate("a dog", seed=8)
+    assert set(read) == {TEXT_ENCODER}
+
+
+def test_the_plan_that_was_chosen_is_one_line_in_the_log(
+    model: Path, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.INFO, "turbo.memory"):
+        load(model, memory="balanced")
+    lines = [line for line in caplog.messages if line.startswith("memory plan")]
+    assert lines == ["memory plan balanced on cpu: text_encoder streamed, decoded in tiles"]
+
+
+# What fits.
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr("turbo.memory.free_bytes", lambda device: count)
+
+
+def test_a_plan_that_cannot_fit_says_by_how_much_and_which_would(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with_free(monkeypatch, 20_000_000)
+    with pytest.raises(BadInputError) as caught:
+        load(model, memory="fast")
+    text = str(caught.value)
+    needed = int(text.split(" needs ")[1].split()[0])
+    assert f"where 20000000 are free: {needed - 20_000_000} too few" in text
+    assert "memory 'low' would fit" in text
+    load(model, memory="low").generate("a cat", seed=7)
+
+
+def test_where_nothing_fits_other_weights_are_named(model: Path, monkeypatch: pytest.MonkeyPatch):
+    with_free(monkeypatch, 1000)
+    with pytest.raises(BadInputError, match=r"no memory plan would; use 8-bit weights"):
+        load(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "tiny"}, r"memory must be one of auto, fast, balanced, low; got 'tiny'"),
+        ({"memory": "low", "capture": "replay"}, r"does not go with .* memory 'low'"),
+        ({"allow_fallback": "yes"}, r"allow_fallback must be true or false, got 'yes'"),
+        ({"plan": replace(PLAN, performance=Performance(enable_model_cpu_offload=True)),
+          "memory": "fast"}, r"'fast' does not go with enable_model_cpu_offload"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(options: dict[str, Any], message: str, model: Path):
+    with pytest.raises(BadInputError, match=message):
+        load(model, **options)
+
+
+# Memory runs out.
+
+
+class _FailingAllocator(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises as an allocator does, at the n-th operation that runs inside."""
+
+    def __init__(self, number: int, error: type[Exception] = torch.OutOfMemoryError) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.left, self.error = number, error
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise self.error("DefaultCPUAllocator: can't allocate memory: of 8 bytes")
+        return func(*args, **(kwargs or {}))
+
+
+def fail_once(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: type[Exception], number: int = 3
+) -> list[weakref.ref[Any]]:
+    """Let the allocator fail in the first call of a method; the tensors it had been given."""
+    method, failures = getattr(owner, name), [error]
+    seen: list[weakref.ref[Any]] = []
+
+    def failing(*args: Any, **options: Any) -> Any:
+        if not failures:
+            return method(*args, **options)
+        seen.extend(weakref.ref(each) for each in args if isinstance(each, torch.Tensor))
+        with _FailingAllocator(number, failures.pop()):
+            return method(*args, **options)
+
+    monkeypatch.setattr(owner, name, failing)
+    return seen
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize(
+    ("part", "name", "phase"),
+    [
+        ("text_encoder", "forward", "encoding"),
+        ("transformer", "forward", "sampling"),
+        ("autoencoder", "decode", "decoding"),
+    ],
+)
+def test_memory_that_runs_out_is_an_error_with_its_phase_and_spoils_nothing(
+    part: str, name: str, phase: str, error: type[Exception], model: Path, want: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    engine = load(model)
+    seen = fail_once(monkeypatch, getattr(engine.models, part), name, error)
+    with pytest.raises(OutOfMemoryError, match=r"memory ran out while .*; use memory") as caught:
+        engine.generate("a cat", seed=7)
+    assert caught.value.phase == phase
+    del caught
+    gc.collect()
+    assert seen
+    assert [each() for each in seen] == [None] * len(seen)
+    assert bits(engine.generate("a cat", seed=7)) == want
+
+
+def test_memory_that_runs_out_in_a_capture_says_so(
+    model: Path, want: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    engine = load(model, capture="replay", strict_speed=True)
+    fail_once(monkeypatch, engine.models.transformer, "forward", torch.OutOfMemoryError)
+    with pytest.raises(OutOfMemoryError, match="while a part was captured") as caught:
+        engine.generate("a cat", seed=7)
+    assert caught.value.phase == "capture"
+    assert bits(engine.generate("a cat", seed=7)) == want
+
+
+def test_memory_that_runs_out_in_loading_is_an_error_or_the_next_plan(
+    model: Path, want: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    for allowed in (False, True):
+        with monkeypatch.context() as patched:
+            fail_once(patched, turbo.engine.LoraFuser, "fill", torch.OutOfMemoryError, number=9)
+            if not allowed:
+                with pytest.raises(OutOfMemoryError, match="while the model was loaded"):
+                    load(model)
+                continue
+            engine = load(model, allow_fallback=True)
+    result = engine.generate("a cat", seed=7)
+    assert result.metadata[0]["memory"] == "balanced"
+    assert bits(result) == want
+
+
+@pytest.mark.parametrize("capture", ["eager", "replay"])
+def test_one_retry_is_made_as_the_next_plan_has_it_and_the_next_picture_as_before(
+    capture: str, model: Path, want: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    engine = load(model, allow_fallback=True, capture=capture)
+    engine.generate("a dog", seed=1)
+    real = turbo.engine.run_stages
+    failures = [1]
+
+    def stages(*args: Any, **options: Any) -> Iterator[Any]:
+        if failures:
+            failures.pop()
+            raise torch.OutOfMemoryError("no more")
+        return real(*args, **options)
+
+    monkeypatch.setattr(turbo.engine, "run_stages", stages)
+    results: list[Result] = [engine.generate("a cat", seed=7) for _ in range(2)]
+    assert [result.metadata[0]["memory"] for result in results] == ["balanced", "fast"]
+    assert [bits(result) for result in results] == [want, want]
+
+
+def test_only_one_retry_is_made(model: Path, want: list[str], monkeypatch: pytest.MonkeyPatch):
+    engine = load(model, allow_fallback=True)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(turbo.engine, "run_stages", never)
+        with pytest.raises(OutOfMemoryError, match="with memory 'balanced'; use memory 'low'"):
+            engine.generate("a cat", seed=7)
+    assert bits(engine.generate("a cat", seed=7)) == want
+    assert engine._memory.modes[TEXT_ENCODER] == RESIDENT
+
+
+# Host memory.
+
+
+MEASURE = """
+import sys
+from turbo.engine import Engine
+from turbo.plan import Plan, Stage
+from turbo.testing import make_model
+
+def resident(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+plan = Plan(stages=(Stage(name="only", height=32, width=32, steps=1),))
+engine = Engine.from_pretrained(
+    sys.argv[1], plan=plan, device="cpu", dtype="float32", memory=sys.argv[2]
+)
+engine.generate("a cat", seed=1)
+print(resident("VmRSS"), resident("VmHWM"))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's memory figures")
+def test_a_text_encoder_that_moves_leaves_the_hosts_memory(tmp_path: Path):
+    from turbo.testing import TINY, ModelSize, make_model
+
+    wide = {**TINY.text_encoder, "hidden_size": 512, "intermediate_size": 4096,
+            "num_hidden_layers": 13}  # fmt: skip
+    network = {**TINY.network, "cap_feat_dim": 512}
+    size = ModelSize(network=network, text_encoder=wide, autoencoder=TINY.autoencoder)
+    folder = make_model(tmp_path / "model", size)
+    encoder = 12 * 4 * (3 * 512 * 4096)  # bytes of its large matrices in float32: 302 MB
+    figures = {}
+    for memory in ("fast", "balanced"):
+        command = [sys.executable, "-c", MEASURE, str(folder), memory]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        figures[memory] = [int(each) for each in out.split()]
+    (held, peak), (less, lower_peak) = figures["fast"], figures["balanced"]
+    assert held - less > 0.8 * encoder
+    assert peak - lower_peak > 0.7 * encoder
