@@ -233,8 +233,7 @@ def _is_eager_cpu(x: Tensor) -> bool:
 
     Not in training: what is changed in place cannot be differentiated.
     """
-    is_eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    return x.device.type == "cpu" and is_eager
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not x.requires_grad
 
 
 class FeedForward(nn.Module):
@@ -267,7 +266,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w13(x).chunk(2, dim=-1)
         # Compiled code in place would write all of w13's result again.
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or gate.requires_grad:
             return self.w2(clamp_float16(F.silu(gate) * value))
         # In place: fresh memory for a product this large costs more than filling it.
         return self.w2(clamp_float16(F.silu(gate, inplace=True).mul_(value)))
