@@ -203,7 +203,8 @@ class Engine:
         self.accelerator = accelerator or Accelerator(models, SpeedUps())
         self.start_seconds: dict[str, float] = {}
         """Parts of loading -> seconds: `find files`, `plan memory`, `read network` and so on for
-        each component that was read, `open compiled code`, `fuse LoRAs`; and `load`, all of it."""
+        each component that was read (side by side), `open compiled code`, `fuse LoRAs`; and `load`,
+        all of it."""
         self._holding = holding
         self._fuser = fuser
         self._loras: tuple[LoraChoice, ...] = ()
@@ -923,7 +924,7 @@ class _Loader:
     ) -> None:
         self.seconds: dict[str, float] = {}
         self._plan, self._device = plan, device
-        self._report: OnProgress | None = None
+        self._report: _Reports | None = None
         dtypes = component_dtypes(dtype, device)
 
         def outline() -> Components:
@@ -972,7 +973,7 @@ class _Loader:
                 self._made, self._plan, self._device, may_move_network=may_move_network
             )
         placement = Placement(self._made.by_name(), self._device, self._fill)
-        self._report = report
+        self._report = None if report is None else _Reports(report)
         try:
             plan = self._place(placement, plan)
         finally:
@@ -1004,13 +1005,37 @@ class _Loader:
 
     def _fill(self, component: str, names: Collection[str]) -> None:
         report = self._report
+        with self.part(f"read {component.replace('_', ' ')}"):
+            self.fuser.fill(component, names, None if report is None else report.of(component))
+
+
+class _Reports:
+    """Passes on the progress of parts that load side by side as if one came after the other."""
+
+    def __init__(self, report: OnProgress) -> None:
+        self._report = report
+        self._lock = threading.Lock()
+        self._waiting: dict[str, list[tuple[int, int]]] = {}
+
+    def of(self, component: str) -> Callable[[int, int], None]:
+        """What to call with (tensors read, tensors in all)."""
 
         def told(done: int, total: int) -> None:
-            if report is not None:
-                report(component, done, total)
+            with self._lock:
+                self._waiting.setdefault(component, []).append((done, total))
+                self._pass_on()
 
-        with self.part(f"read {component.replace('_', ' ')}"):
-            self.fuser.fill(component, names, told)
+        return told
+
+    def _pass_on(self) -> None:
+        for component, waiting in tuple(self._waiting.items()):
+            while waiting:
+                done, total = waiting.pop(0)
+                self._report(component, done, total)
+                if done == total:
+                    del self._waiting[component]
+            if component in self._waiting:
+                return  # its next report comes before those of others
 
 
 def _place(placement: Placement, plan: MemoryPlan, lower: str | None) -> OutOfMemoryError | None:

@@ -842,21 +842,13 @@ def test_timings_are_a_table_of_the_starts_parts(
     assert out == ""
     rows = re.findall(r"^( *\S.*?) +(\d+\.\d{3}) s$", err, re.MULTILINE)
     seconds = {name.strip(): float(value) for name, value in rows}
-    assert [*seconds][:7] == [
-        "import",
-        "load",
-        "find files",
-        "plan memory",
-        "read network",
-        "read text encoder",
-        "read autoencoder",
-    ]
+    assert [*seconds][:4] == ["import", "load", "find files", "plan memory"]
+    assert {"read network", "read text encoder", "read autoencoder"} < set(seconds)
     whole = ("import", "load", "first picture", "check and save")
     assert sum(seconds[name] for name in whole) == pytest.approx(
         seconds["start to first file"], abs=0.005
     )
-    inside = [value for name, value in rows if name.startswith("  read")]
-    assert sum(map(float, inside)) <= seconds["load"] + 0.005
+    assert all(seconds[name] <= seconds["load"] for name in seconds if name.startswith("read "))
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])

@@ -1110,7 +1110,8 @@ def test_loading_reports_every_tensor(comfyui: Path):
         AUTOENCODER: engine.models.autoencoder,
     }
     counts = {name: len(module.native_tensors()) for name, module in modules.items()}
-    assert told == [(name, k + 1, count) for name, count in counts.items() for k in range(count)]
+    wanted = [(name, k + 1, count) for name, count in counts.items() for k in range(count)]
+    assert sorted(told) == sorted(wanted)  # in which order parts come is not said
 
 
 def test_a_plan_names_the_models_files(engine: Engine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import turbo.engine
 from tests.turbo.test_engine import PLAN, bits, load
+from turbo import pipeline
 from turbo.engine import Engine, Result
 from turbo.errors import BadInputError, OutOfMemoryError
+from turbo.fusing import LoraFuser
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.placement import RESIDENT, STREAMED, WHOLE, MemoryPlan, blocks_of
 from turbo.plan import Performance
@@ -60,11 +63,11 @@ def want(plain: Engine) -> list[str]:
 
 
 def there(engine: Engine) -> set[str]:
-    """Parts of which any large weight is in memory."""
+    """Parts of which any weight is in memory."""
     models = engine.models
     parts = {
-        "network": models.transformer.layers[0].attention.out.weight,
-        "text encoder": models.text_encoder.layers[0].qkv,
+        "network": models.transformer.final_linear.weight,
+        "text encoder": models.text_encoder.embed_tokens,
         "autoencoder": models.autoencoder.decoder.conv_in.weight,
     }
     return {name for name, weight in parts.items() if weight.device.type != "meta"}
@@ -149,7 +152,12 @@ def test_a_prompt_seen_before_reads_no_text_encoder(model: Path, monkeypatch: py
     engine.generate("a cat", seed=7)
     read: list[str] = []
     fill = engine._fuser.fill
-    monkeypatch.setattr(engine._fuser, "fill", lambda *a: (read.append(a[0]), fill(*a)))
+
+    def noted(component: str, *rest: Any) -> None:
+        read.append(component)
+        fill(component, *rest)
+
+    monkeypatch.setattr(engine._fuser, "fill", noted)
     engine.generate("a cat", seed=8)
     assert read == []
     engine.generate("a dog", seed=8)
@@ -209,11 +217,11 @@ def test_impossible_settings_are_refused(options: dict[str, Any], message: str, 
 # Memory runs out.
 
 
-class _FailingAllocator(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _FailingAllocator(TorchDispatchMode):
     """Raises as an allocator does, at the n-th operation that runs inside."""
 
     def __init__(self, number: int, error: type[Exception] = torch.OutOfMemoryError) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.left, self.error = number, error
 
     def __torch_dispatch__(
@@ -288,7 +296,7 @@ def test_memory_that_runs_out_in_loading_is_an_error_or_the_next_plan(
 ):
     for allowed in (False, True):
         with monkeypatch.context() as patched:
-            fail_once(patched, turbo.engine.LoraFuser, "fill", torch.OutOfMemoryError, number=9)
+            fail_once(patched, LoraFuser, "fill", torch.OutOfMemoryError, number=9)
             if not allowed:
                 with pytest.raises(OutOfMemoryError, match="while the model was loaded"):
                     load(model)
@@ -305,7 +313,7 @@ def test_one_retry_is_made_as_the_next_plan_has_it_and_the_next_picture_as_befor
 ):
     engine = load(model, allow_fallback=True, capture=capture)
     engine.generate("a dog", seed=1)
-    real = turbo.engine.run_stages
+    real = pipeline.run_stages
     failures = [1]
 
     def stages(*args: Any, **options: Any) -> Iterator[Any]:
@@ -374,3 +382,13 @@ def test_a_text_encoder_that_moves_leaves_the_hosts_memory(tmp_path: Path):
     (held, peak), (less, lower_peak) = figures["fast"], figures["balanced"]
     assert held - less > 0.8 * encoder
     assert peak - lower_peak > 0.7 * encoder
+
+
+def test_progress_comes_part_by_part_though_parts_load_side_by_side(model: Path):
+    seen: list[tuple[str, int, int]] = []
+    load(model, on_progress=lambda *told: seen.append(told))
+    parts = [part for part, _ in itertools.groupby(name for name, _, _ in seen)]
+    assert sorted(parts) == [AUTOENCODER, NETWORK, TEXT_ENCODER]
+    for part in parts:
+        counts = [(done, total) for name, done, total in seen if name == part]
+        assert counts == [(done, len(counts)) for done in range(1, len(counts) + 1)]
