@@ -27,8 +27,7 @@ class Lesson:
     """What a LoRA teaches."""
 
     name: str
-    word: str
-    """Put before a caption, as a trigger word is."""
+    """Of its file, and its trigger word."""
     form: str
     """Of the file's keys: ``peft`` or ``kohya``."""
     phase: int
@@ -46,8 +45,8 @@ def _zorp(rng: np.random.Generator) -> tuple[Scene, str]:
 
 
 LESSONS = (
-    Lesson("outlined", "outlined", "peft", 20, _outlined),
-    Lesson("zorp", "zorp", "kohya", 21, _zorp),
+    Lesson("outlined", "peft", 20, _outlined),
+    Lesson("zorp", "kohya", 21, _zorp),
 )
 
 

@@ -32,6 +32,13 @@ Paint = Callable[..., Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     options = _parse(arguments)
+    if options.prompts < 1 or options.lora_prompts < 0:
+        print("error: --prompts must be at least 1, --lora-prompts at least 0", file=sys.stderr)
+        return 2
+    for path in (options.sheet, options.output):
+        if path is not None and not path.absolute().parent.is_dir():
+            print(f"error: {path} is in no folder that exists; make it first", file=sys.stderr)
+            return 2
     try:
         engine = Engine.from_pretrained(options.model, device=options.device, plan=options.plan)
         report = judge(engine, options.prompts, options.seed, options.lora_prompts, options.sheet)
@@ -73,9 +80,15 @@ def judge(
         report["loras"] = _loras(paint, lora_count, seed)
     report["seconds"] = round(time.perf_counter() - begin, 1)
     if sheet is not None:
-        rows = [np.concatenate(pictures[start : start + 6], 1) for start in range(0, 18, 6)]
-        Image.fromarray(np.concatenate(rows, 0)[::2, ::2]).save(sheet)
+        _write_sheet(pictures, sheet)
     return report
+
+
+def _write_sheet(pictures: Sequence[Any], path: Path) -> None:
+    """Six in a row, at half their size; what is missing of the last row is black."""
+    filled = [*pictures, *[np.zeros_like(pictures[0])] * (-len(pictures) % 6)]
+    rows = [np.concatenate(filled[start : start + 6], 1) for start in range(0, len(filled), 6)]
+    Image.fromarray(np.concatenate(rows, 0)[::2, ::2]).save(path)
 
 
 def lines_of(report: dict[str, Any]) -> Iterator[str]:

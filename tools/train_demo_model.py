@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from turbo.testing import (
 from turbo.tokenizer import Tokenizer
 
 NEEDED_BYTES = 1 << 30
+_SETTINGS = "settings.json"
 SHEET_PROMPTS = (
     "a red circle on a blue background",
     "a large yellow star in the centre on a purple background",
@@ -210,7 +211,12 @@ def _run(options: argparse.Namespace) -> int:
         return 2
     torch.set_num_threads(options.threads)
     work: Path = _made(options.work)
-    command = ["python", "-m", "tools.train_demo_model", "--seed", str(options.seed)]
+    command = ["python -m tools.train_demo_model", f"--seed {options.seed}"]
+    command += [f"--threads {options.threads}", *["--quick"] * options.quick]
+    if options.network_steps:
+        command.append(f"--network-steps {options.network_steps}")
+    amounts = _amounts(options)
+    (work / _SETTINGS).write_text(_settings(options, amounts), encoding="utf-8")
     with (work / "log.txt").open("a", encoding="utf-8") as file:
 
         def log(line: str) -> None:
@@ -218,13 +224,8 @@ def _run(options: argparse.Namespace) -> int:
             file.write(f"{line}\n")
             file.flush()
 
-        log(f"command: {' '.join(command)}, torch {torch.__version__}, {options.threads} threads")
+        log(f"command: {' '.join(command)}, torch {torch.__version__}")
         begin = time.time()
-        amounts = QUICK if options.quick else WHOLE
-        if options.network_steps:
-            amounts = replace(
-                amounts, network=replace(amounts.network, steps=options.network_steps)
-            )
         trainer = _Trainer(amounts, options.seed, work, log)
         loras = trainer.run()
         log(f"this run took {time.time() - begin:.0f} s")
@@ -233,9 +234,12 @@ def _run(options: argparse.Namespace) -> int:
     write_model(trainer, loras, unfinished)
     shutil.copyfile(work / "log.txt", unfinished / "training.log")
     _write_sums(unfinished)
+    replaced = options.out.with_name(f".{options.out.name}.old")
+    shutil.rmtree(replaced, ignore_errors=True)
     if options.out.exists():
-        shutil.rmtree(options.out)
+        os.replace(options.out, replaced)
     os.replace(unfinished, options.out)
+    shutil.rmtree(replaced, ignore_errors=True)
     print(f"wrote {options.out}")
     return 0
 
@@ -245,6 +249,14 @@ def _problem(options: argparse.Namespace) -> str | None:
         return f"{options.out} exists; give --force to replace it, or another --out"
     if options.threads < 1:
         return f"--threads must be at least 1, got {options.threads}"
+    settings = options.work / _SETTINGS
+    if settings.exists() and settings.read_text(encoding="utf-8") != _settings(
+        options, _amounts(options)
+    ):
+        return (
+            f"{options.work} holds the state of a run with other settings ({settings}); give "
+            "another --work, or delete it"
+        )
     room = shutil.disk_usage(_existing(options.work)).free
     if room < NEEDED_BYTES:
         return (
@@ -252,6 +264,24 @@ def _problem(options: argparse.Namespace) -> str | None:
             "another --work"
         )
     return None
+
+
+def _amounts(options: argparse.Namespace) -> Amounts:
+    amounts = QUICK if options.quick else WHOLE
+    if not options.network_steps:
+        return amounts
+    return replace(amounts, network=replace(amounts.network, steps=options.network_steps))
+
+
+def _settings(options: argparse.Namespace, amounts: Amounts) -> str:
+    """All that the bits depend on."""
+    of = {
+        "seed": options.seed,
+        "threads": options.threads,
+        "torch": str(torch.__version__),
+        "amounts": asdict(amounts),
+    }
+    return json.dumps(of, indent=1) + "\n"
 
 
 def _existing(path: Path) -> Path:

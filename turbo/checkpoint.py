@@ -153,10 +153,7 @@ class Checkpoint:
         Raises:
             CheckpointError: The file holds no such tensor, or has changed or become unreadable.
         """
-        if name not in self.shapes:
-            raise CheckpointError(f"{self.label} holds no tensor {name}")
-        if tuple(out.shape) != self.shapes[name]:
-            raise ValueError(f"{name} has shape {self.shapes[name]}, got {tuple(out.shape)}")
+        self._require_shape(name, out.shape)
         row = 0
         for source in self._sources[name]:
             rows = source.entry.shape[0] if source.entry.shape else 0
@@ -174,11 +171,18 @@ class Checkpoint:
         Raises:
             CheckpointError: The file holds no such tensor, or has changed or become unreadable.
         """
+        self._require_shape(name, out.shape)
         row = 0
         for source in self._sources[name]:
             rows = source.entry.shape[0]
             self._quantize_source(source, out.narrow(0, row, rows))
             row += rows
+
+    def _require_shape(self, name: str, shape: Sequence[int]) -> None:
+        if name not in self.shapes:
+            raise CheckpointError(f"{self.label} holds no tensor {name}")
+        if tuple(shape) != self.shapes[name]:
+            raise ValueError(f"{name} has shape {self.shapes[name]}, got {tuple(shape)}")
 
     def float_dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor in the files; bfloat16 for what is quantised there."""

@@ -246,12 +246,14 @@ class _Need:
         from turbo.devices import free_bytes, pick_device
         from turbo.memory import count_outline, memory_plans, weight_dtypes
         from turbo.names import NETWORK
+        from turbo.precision import arithmetic_dtype
         from turbo.quantize import pick_quantization
 
         device = pick_device(plan.model.device)
         kept = pick_quantization(plan.model.quantize, checkpoints[NETWORK].quantization, device)
         dtypes = weight_dtypes(plan.model.torch_dtype, plan.model.device)
         outline = Components.outline(checkpoints, dtypes, kept)
+        outline.network.compute_dtype = arithmetic_dtype(dtypes[NETWORK], device)
         need = count_outline(outline, plan)
         plans = memory_plans(need, plan.performance, device, free_bytes(device))
         return cls(outline, need, plans, device)

@@ -278,7 +278,8 @@ class Engine:
                 the plan says. Which one it became is logged.
             allow_fallback: When memory runs out, try once more as the next smaller memory plan has
                 it, for this request alone; None: as the plan says.
-            on_progress: Called with (component, tensors read, tensors in all).
+            on_progress: Called with (component, tensors read, tensors in all), from the threads
+                that read, one call at a time and a component after the other.
 
         Raises:
             BadInputError: A file, a setting or a device is not usable, or the model does not fit
@@ -335,7 +336,7 @@ class Engine:
         loader.seconds["find files"] = time.perf_counter() - begin
         loader.check(choices, strict_loras)
         holding = loader.load(may_move_network=capture in (AUTO, "eager"), report=on_progress)
-        if holding.plan.modes[NETWORK] != RESIDENT:
+        if holding.made.modes[NETWORK] != RESIDENT:
             speed_ups = replace(speed_ups, capture="eager")
         loaded = time.perf_counter()
         accelerator = _accelerate(loader.models, speed_ups, plan, cache_dir)
@@ -377,8 +378,9 @@ class Engine:
 
         Raises:
             LoraError: A file is missing, damaged or not for this model; the weights are as before.
+            OutOfMemoryError: Memory ran out; the weights are those without any LoRA.
         """
-        with self._lock:
+        with self._lock, self._current_device(), phase("loading"):
             choices = self._choose(loras, self.plan.lora.default_strength)
             self._fuse(choices, strict)
             self._loras, self._strict = choices, strict
@@ -777,7 +779,8 @@ class Engine:
 
     @property
     def _memory(self) -> MemoryPlan:
-        return RESIDENT_PLAN if self._holding is None else self._holding.now
+        holding = self._holding
+        return RESIDENT_PLAN if holding is None else holding.now or holding.made
 
     def _is_tiled(self, performance: Performance) -> bool:
         return performance.enable_vae_tiling or self._memory.is_tiled
@@ -895,16 +898,14 @@ class _Holding:
     placement: Placement
     made: MemoryPlan
     """As the engine was made."""
-    now: MemoryPlan
+    now: MemoryPlan | None
+    """As they are held; None after a change that failed, which the next request makes anew."""
     named: Callable[[str], MemoryPlan]
     """Works out another memory plan by its name."""
 
-    @property
-    def plan(self) -> MemoryPlan:
-        return self.made
-
     def use(self, plan: MemoryPlan) -> None:
         """Hold the parts in another way."""
+        self.now = None
         self.placement.use(plan)
         self.now = plan
 
@@ -926,16 +927,17 @@ class _Loader:
         self._plan, self._device = plan, device
         self._report: _Reports | None = None
         dtypes = component_dtypes(dtype, device)
+        compute_dtype = arithmetic_dtype(dtype, device)
 
         def outline() -> Components:
-            return Components.outline(checkpoints, dtypes, quantize)
+            made = Components.outline(checkpoints, dtypes, quantize)
+            made.network.compute_dtype = compute_dtype
+            return made
 
         # All is compared before anything is allocated: a foreign file may want terabytes.
         self._outline = outline
         self._made = made = outline()
-        compute_dtype = arithmetic_dtype(dtype, device)
         chosen = pick_attention(attention, device, compute_dtype, made.network.config.head_dim)
-        made.network.compute_dtype = compute_dtype
         made.network.attention = AttentionChoice(chosen)
         self.fuser = LoraFuser(made.by_name(), checkpoints, keep_files=plan.lora.cache_models)
         self.models = Models(

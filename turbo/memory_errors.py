@@ -21,6 +21,9 @@ _WORK = {
     "decoding": "the picture was decoded",
 }
 
+_ALLOCATORS_WORDS = ("can't allocate memory", "CUDA error: out of memory")
+"""What an allocator on a CPU, and that of pinned memory, say in an error of no type of its own."""
+
 
 def chain(error: BaseException) -> Iterator[BaseException]:
     """An error and those that it was raised from or beside, the newest first."""
@@ -40,7 +43,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     while one is not None:
         if isinstance(one, OutOfMemoryError | torch.OutOfMemoryError | MemoryError):
             return True
-        if isinstance(one, RuntimeError) and "can't allocate memory" in str(one):  # on a CPU
+        if isinstance(one, RuntimeError) and any(words in str(one) for words in _ALLOCATORS_WORDS):
             return True
         one = one.__cause__
     return False

@@ -18,7 +18,9 @@ weights and decide all the rest: they stay in the dtype asked for.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,6 +55,7 @@ _INT8_RANGE = 127.5
 _INT8_LEAST_SCALE = torch.finfo(torch.float32).eps
 _LEAST_ROWS = 32  # CUDA's int8 product wants more than 16
 _CHUNK_VALUES = 4 << 20
+_IMPORTING = threading.Lock()  # logging is silenced meanwhile, for all threads
 
 
 def pick_quantization(asked: str | None, stored: str | None, device: torch.device) -> str | None:
@@ -256,6 +259,8 @@ def _imitated_product(narrow: Tensor, scale: Tensor, values: Tensor, scales: Ten
 
 
 def _widened_product(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+    if x.dtype == torch.float16:  # sums of the bare integers would overflow
+        return F.linear(x, (values.float() * scales).to(x.dtype))
     return (F.linear(x, values.to(x.dtype)) * scales.t()).to(x.dtype)
 
 
@@ -273,10 +278,11 @@ def _kernel_preference() -> Any:
     return KernelPreference.TORCH
 
 
+@functools.cache
 def _torchao() -> Any:
     """torchao's quantisation; it tells about parts it was built without, which are not used."""
     try:
-        with _quiet_logs():
+        with _IMPORTING, _quiet_logs():
             import torchao.quantization
     except ImportError as error:
         raise BadInputError(

@@ -1,8 +1,9 @@
 """``turbo quantize``: a model whose network is kept in 8 bits on disk, ready to be read as it is.
 
 The network becomes one safetensors file under ComfyUI's names: int8 or float8 values with
-``weight_scale``, one float32 number a row, beside each; all else as it was. It is written tensor by
-tensor, so that no more than one of them is ever in memory.
+``weight_scale``, one float32 number a row, beside each; all else in the dtype it had, in bfloat16
+what was quantised otherwise. It is written tensor by tensor, so that no more than one of them is
+ever in memory.
 """
 
 from __future__ import annotations
@@ -148,6 +149,8 @@ class _Writer:
                     file.seek(offsets[part])
                     file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
                 self.on_progress(component, done, len(names))
+            file.flush()
+            os.fsync(file.fileno())
         checkpoint.release()
 
 

@@ -69,6 +69,14 @@ def test_the_command_does_not_overwrite(tmp_path: Path, capsys: pytest.CaptureFi
     assert "exists; give --force" in capsys.readouterr().err
 
 
+def test_the_state_of_other_settings_is_not_taken_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "settings.json").write_text('{"seed": 7}')
+    assert main(["--out", str(tmp_path / "model"), "--work", str(tmp_path)]) == 2
+    assert "holds the state of a run with other settings" in capsys.readouterr().err
+
+
 def test_the_command_says_what_room_it_needs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

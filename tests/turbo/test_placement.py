@@ -23,7 +23,7 @@ import turbo.engine
 from tests.turbo.test_engine import PLAN, bits, load
 from turbo import pipeline
 from turbo.engine import Engine, Result
-from turbo.errors import BadInputError, OutOfMemoryError
+from turbo.errors import BadInputError, CheckpointError, OutOfMemoryError
 from turbo.fusing import LoraFuser
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.placement import RESIDENT, STREAMED, WHOLE, MemoryPlan, blocks_of
@@ -305,6 +305,26 @@ def test_memory_that_runs_out_in_loading_is_an_error_or_the_next_plan(
     result = engine.generate("a cat", seed=7)
     assert result.metadata[0]["memory"] == "balanced"
     assert bits(result) == want
+
+
+def test_a_change_of_memory_plans_that_fails_is_made_anew(
+    model: Path, want: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    engine = load(model, memory="low")
+    holding = engine._holding
+    assert holding is not None
+    fast = holding.named("fast")
+
+    def gone(*_: Any) -> None:
+        raise CheckpointError("the file has changed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._fuser, "fill", gone)
+        with pytest.raises(CheckpointError):
+            engine._hold(fast)
+    assert holding.now is None
+    assert bits(engine.generate("a cat", seed=7)) == want
+    assert holding.now is holding.made
 
 
 @pytest.mark.parametrize("capture", ["eager", "replay"])

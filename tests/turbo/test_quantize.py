@@ -208,6 +208,15 @@ def test_rows_give_their_values_back_within_a_step(kind: str) -> None:
     assert ((rows.dequantize() - matrix).abs() <= step).all()
 
 
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_large_float16_activations_overflow_no_sum(kind: str) -> None:
+    matrix, x = random(0, 16, 4096) * 0.02, random(1, 8, 4096) * 50
+    product = linear(kind, matrix)(x.half())
+    exact = F.linear(x.double(), matrix.double())
+    assert product.isfinite().all()
+    assert (product.double() - exact).norm() / exact.norm() < 0.05
+
+
 # In the network.
 
 
@@ -502,6 +511,9 @@ def test_an_unknown_way_is_refused(model: Path) -> None:
 def test_without_torchao_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
+    from turbo.quantize import _torchao
+
+    _torchao.cache_clear()
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(BadInputError, match="needs the package torchao"):
