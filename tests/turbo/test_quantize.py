@@ -185,8 +185,8 @@ def test_what_is_not_finite_stays_visible(kind: str, bad: float) -> None:
     assert product[1].isfinite().all()
 
 
-@pytest.mark.parametrize("kind", QUANTIZATIONS)
-def test_compiled_products_are_the_eager_ones(kind: str) -> None:
+def test_compiled_products_are_the_eager_ones() -> None:
+    kind = "fp8"  # a compiled engine in int8 comes below
     module, x = linear(kind, random(0, 48, 64)), random(1, 40, 64)
     fast = compiled(lambda m, x: F.silu(m(x)), name=kind, strict=True)
     torch.testing.assert_close(fast(module, x), F.silu(module(x)), rtol=1e-5, atol=1e-5)
