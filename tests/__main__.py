@@ -52,7 +52,9 @@ def _failing_beside(behind: dict[str, list[str]], shown: dict[str, list[str]]) -
     Each side has half of the cores: more threads than cores slow everything many times over.
     """
     cores = max(1, (os.cpu_count() or 1) // TOGETHER)
-    environment = {"OMP_NUM_THREADS": str(cores), **os.environ}
+    # Threads that wait for others of theirs should sleep: the programs run side by side.
+    passive = {"GOMP_SPINCOUNT": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {"OMP_NUM_THREADS": str(cores), **passive, **os.environ}
 
     def quietly(name: str, command: list[str]) -> tuple[str, subprocess.CompletedProcess[str]]:
         return name, _run(command, environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
