@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from bench.side import SideError
 from turbo.autoencoder import Autoencoder
+from turbo.diffusers_folder import autoencoder_config, network_config, to_diffusers
 from turbo.names import AUTOENCODER, NETWORK
-from turbo.testing import ModelSize, diffusers_configs, to_diffusers
 from turbo.text_encoder import TextEncoder
 from turbo.transformer import Transformer
 
@@ -44,14 +44,7 @@ def diffusers_network(transformer: Transformer) -> Any:
             f"diffusers has no network of width {config.dim} with feed-forward width "
             f"{config.ffn_dim}, only with {int(config.dim / 3 * 8)}"
         )
-    size = {
-        "dim": config.dim,
-        "n_layers": config.layers,
-        "n_refiner_layers": config.noise_refiners,
-        "n_heads": config.heads,
-        "cap_feat_dim": config.caption_dim,
-    }
-    made = _configs(network=size)[NETWORK]
+    made = network_config(config)
 
     def build(**options: Any) -> nn.Module:
         network: nn.Module = ZImageTransformer2DModel(**options)
@@ -67,14 +60,7 @@ def diffusers_autoencoder(autoencoder: Autoencoder) -> Any:
     from diffusers import AutoencoderKL
 
     config = autoencoder.config
-    first = config.level_channels[0]
-    size = {
-        "ch": first,
-        "ch_mult": [channels // first for channels in config.level_channels],
-        "num_res_blocks": config.blocks,
-        "z_channels": config.latent_channels,
-    }
-    made = _configs(autoencoder=size)[AUTOENCODER] | {"norm_num_groups": config.norm_num_groups}
+    made = autoencoder_config(config)
     return _filled(AutoencoderKL, made, AUTOENCODER, autoencoder.native_tensors())
 
 
@@ -120,13 +106,6 @@ def transformers_tokenizer(path: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer
-
-
-def _configs(**parts: Any) -> dict[str, dict[str, Any]]:
-    nothing = {"dim": 16, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 1, "cap_feat_dim": 1}
-    autoencoder = {"ch": 1, "ch_mult": (1,), "num_res_blocks": 1, "z_channels": 1}
-    filled = {"network": nothing, "text_encoder": {}, "autoencoder": autoencoder, **parts}
-    return diffusers_configs(ModelSize(**filled), torch.float32)
 
 
 def _filled(

@@ -26,8 +26,9 @@ from torch import Tensor
 from bench.arguments import Parser
 from bench.random_model import FULL
 from turbo.checkpoint import load_weights, open_checkpoint
+from turbo.diffusers_folder import to_diffusers
 from turbo.names import NETWORK
-from turbo.testing import to_diffusers, zimage_shapes
+from turbo.testing import zimage_shapes
 from turbo.transformer import Transformer, TransformerConfig
 
 SHARE = 0.1

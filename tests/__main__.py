@@ -1,8 +1,8 @@
 """``python -m tests``: lint, types, tests and the recorded cases.
 
 This is what continuous integration runs. Exits with 1 if any part failed; parts after a failed one
-still run, so that one run shows everything. The recorded cases run beside the tests: much of either
-is Python, which uses one core.
+still run, so that one run shows everything. Tests run in as many processes as there are cores, then
+the recorded cases side by side: much of either is Python, which uses one core.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TOGETHER = 2
+MOST_PROCESSES = 4
 
 
 def main() -> int:
@@ -38,7 +38,11 @@ def main() -> int:
     else:
         print(f"no recorded cases at {golden}: they are left out (TURBO_SHARED names their folder)")
     failed = [name for name, command in checks.items() if not _passes(name, command)]
-    failed += _failing_beside(recorded, {"tests": ["pytest"]})
+    processes = min(MOST_PROCESSES, os.cpu_count() or 1)
+    environment = _environment(processes)
+    tests = ["pytest", "-n", str(processes), "--dist", "worksteal"]
+    failed += [] if _passes("tests", tests, environment) else ["tests"]
+    failed += _failing_together(recorded, _environment(max(1, len(recorded))))
     if failed:
         print(f"failed: {', '.join(failed)}")
         return 1
@@ -46,26 +50,28 @@ def main() -> int:
     return 0
 
 
-def _failing_beside(behind: dict[str, list[str]], shown: dict[str, list[str]]) -> list[str]:
-    """Run some parts one after the other beside others, and show what they said afterwards.
+def _environment(processes: int) -> dict[str, str]:
+    """Each of some programs side by side has its share of the cores.
 
-    Each side has half of the cores: more threads than cores slow everything many times over.
+    More threads than cores slow everything many times over, and threads that wait for others of
+    theirs should sleep.
     """
-    cores = max(1, (os.cpu_count() or 1) // TOGETHER)
-    # Threads that wait for others of theirs should sleep: the programs run side by side.
+    cores = max(1, (os.cpu_count() or 1) // processes)
     passive = {"GOMP_SPINCOUNT": "0", "OMP_WAIT_POLICY": "PASSIVE"}
-    environment = {"OMP_NUM_THREADS": str(cores), **passive, **os.environ}
+    return {"OMP_NUM_THREADS": str(cores), **passive, **os.environ}
 
-    def quietly(name: str, command: list[str]) -> tuple[str, subprocess.CompletedProcess[str]]:
-        return name, _run(command, environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
-    with ThreadPoolExecutor(1) as pool:
-        waiting = [pool.submit(quietly, name, command) for name, command in behind.items()]
-        failed = [
-            name for name, command in shown.items() if not _passes(name, command, environment)
-        ]
-        for one in waiting:
-            name, done = one.result()
+def _failing_together(commands: dict[str, list[str]], environment: dict[str, str]) -> list[str]:
+    """Run commands side by side, and show what each said when it has ended."""
+    if not commands:
+        return []
+
+    def quietly(command: list[str]) -> subprocess.CompletedProcess[str]:
+        return _run(command, environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    failed = []
+    with ThreadPoolExecutor(len(commands)) as pool:
+        for name, done in zip(commands, pool.map(quietly, commands.values())):
             print(f"--- {name}\n{done.stdout}", end="", flush=True)
             failed += [name] if done.returncode else []
     return failed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,15 @@ CONFIG: dict[str, Any] = {
 SIZES = ((224, 176), (432, 336), (864, 672))
 """Height and width of each stage's pictures."""
 CROP = 128
-BATCH = 4
+_BATCHES = (4, 2, 1, 1)
+"""Pictures a step: crops, or whole ones of each size."""
+_SHARES = (0.64, 0.25, 0.1, 0.01)
+_DECODER_SHARES = (0.4, 0.35, 0.2, 0.05)
+"""Of the steps. Whole pictures are needed: a norm's group sees all of one, and most is plain."""
 _NOISE = 0.05
 _SIZE_PRICE = 1e-3
 _PHASE = 1
+_DECODER_PHASE = 4
 
 
 def make_autoencoder(seed: int) -> Any:
@@ -45,41 +50,71 @@ def make_autoencoder(seed: int) -> Any:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
-    return AutoencoderKL(**CONFIG)
+    return AutoencoderKL(**CONFIG).to(memory_format=torch.channels_last)
 
 
 def train_autoencoder(
-    autoencoder: Any, schedule: Schedule, seed: int, folder: Path, log: Callable[[str], None]
+    autoencoder: Any,
+    schedule: Schedule,
+    decoder_schedule: Schedule,
+    seed: int,
+    folder: Path,
+    log: Callable[[str], None],
 ) -> None:
-    """Train on crops of scenes of all three sizes, then give the latents the usual scale.
+    """Train both halves, give the latents the usual scale, then go on with the decoder alone.
 
     Noise on the latent, and a price on its size, take the place of a posterior: what the decoder
     makes of a latent must not hang on its last digits, which the network will not get right.
     """
 
     def loss_of(step: int) -> Tensor:
-        pictures = crops(np.random.default_rng([seed, _PHASE, step]), BATCH)
-        latent = autoencoder.encode(pictures, return_dict=False)[0].mean
-        generator = torch.Generator().manual_seed(seed + step)
-        noise = torch.randn(latent.shape, generator=generator)
-        decoded = autoencoder.decode(latent + _NOISE * noise, return_dict=False)[0]
-        error: Tensor = F.l1_loss(decoded, pictures) + 4 * F.mse_loss(decoded, pictures)
+        pictures = training_pictures(np.random.default_rng([seed, _PHASE, step]), _SHARES)
+        latent = _encode(autoencoder, pictures)
         size: Tensor = latent.square().mean()
-        return error + _SIZE_PRICE * size
+        noisy = latent + _NOISE * _noise_like(latent, seed + step)
+        return _error(autoencoder, noisy, pictures) + _SIZE_PRICE * size
+
+    def decoder_loss_of(step: int) -> Tensor:
+        rng = np.random.default_rng([seed, _DECODER_PHASE, step])
+        pictures = training_pictures(rng, _DECODER_SHARES)
+        with torch.no_grad():
+            latent = _encode(autoencoder, pictures)
+        noisy = latent + _NOISE / SCALE * _noise_like(latent, seed + step)
+        return _error(autoencoder, noisy, pictures)
+
+    def tell(step: int) -> None:
+        with torch.inference_mode():
+            log(f"step {step}: {psnr_on_scenes(autoencoder, seed, 3):.2f} dB")
 
     autoencoder.requires_grad_(True)
-    train("autoencoder", dict(autoencoder.named_parameters()), loss_of, schedule, folder, log)
+    weights = dict(autoencoder.named_parameters())
+    train("autoencoder", weights, loss_of, schedule, folder, log, tell, _matrices(weights))
     autoencoder.requires_grad_(False)
     _standardise(autoencoder, seed)
+    autoencoder.decoder.requires_grad_(True)
+    weights = dict(autoencoder.decoder.named_parameters())
+    matrices = _matrices(weights)
+    train("decoder", weights, decoder_loss_of, decoder_schedule, folder, log, tell, matrices)
+    autoencoder.requires_grad_(False)
 
 
-def crops(rng: np.random.Generator, count: int) -> Tensor:
-    """Parts of random scenes, most with an edge in them, [count, 3, 128, 128], from -1 to 1."""
-    height, width = SIZES[int(rng.integers(len(SIZES)))]
+def training_pictures(rng: np.random.Generator, shares: Sequence[float]) -> Tensor:
+    """Crops of random scenes, most with an edge in them, or whole scenes of one size.
+
+    Args:
+        rng: The source of all choices.
+        shares: Of crops, and of whole pictures of each size.
+
+    Returns:
+        [count, 3, height, width], from -1 to 1.
+    """
+    kind = int(rng.choice(len(shares), p=shares))
+    height, width = SIZES[kind - 1] if kind else SIZES[int(rng.integers(len(SIZES)))]
     parts = []
-    for _ in range(count):
+    for _ in range(_BATCHES[kind]):
         scene, _ = random_scene(rng, outlined=rng.random() < 0.1, new_shape=rng.random() < 0.1)
-        parts.append(draw_scene(scene, height, width, _box(rng, scene, height, width)))
+        box = None if kind else _box(rng, scene, height, width)
+        parts.append(draw_scene(scene, height, width, box))
     return to_tensor(np.stack(parts))
 
 
@@ -113,6 +148,30 @@ def _box(
         left = np.clip(x * width - CROP / 2, 0, width - CROP)
         top = np.clip(y / 1.28 * height - CROP / 2, 0, height - CROP)
     return int(top), int(left), CROP, CROP
+
+
+def _matrices(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """All that Muon trains: what reads or writes pixels or latents is left to AdamW."""
+    ends = ("encoder.conv_in.", "decoder.conv_out.", "conv_out.", "conv_in.")
+    return {
+        name: 1 for name, weight in weights.items() if weight.ndim > 1 and not name.startswith(ends)
+    }
+
+
+def _encode(autoencoder: Any, pictures: Tensor) -> Tensor:
+    pictures = pictures.contiguous(memory_format=torch.channels_last)
+    latent: Tensor = autoencoder.encode(pictures, return_dict=False)[0].mean
+    return latent
+
+
+def _error(autoencoder: Any, latent: Tensor, pictures: Tensor) -> Tensor:
+    decoded = autoencoder.decode(latent, return_dict=False)[0]
+    error: Tensor = F.l1_loss(decoded, pictures) + 4 * F.mse_loss(decoded, pictures)
+    return error
+
+
+def _noise_like(latent: Tensor, seed: int) -> Tensor:
+    return torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

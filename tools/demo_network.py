@@ -222,7 +222,7 @@ def train_network(
     weights = painter.weights()
     for weight in weights.values():
         weight.requires_grad_(True)
-    train("network", weights, loss_of, schedule, folder, log, on_save)
+    train("network", weights, loss_of, schedule, folder, log, on_save, _matrices(weights))
     for weight in weights.values():
         weight.requires_grad_(False)
 
@@ -246,6 +246,23 @@ def batch_loss(
     level = torch.from_numpy(rng.random(len(rows), dtype=np.float32))
     sigmas = (3 * level / (1 + 2 * level)) if size == 0 else level * MOST_SIGMA[size]
     return painter.loss(clean, sigmas, noise, painter.caption(ids, lengths))
+
+
+def _matrices(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """The matrices within blocks, for Muon; some are several in one."""
+
+    def stacked(name: str) -> int:
+        if name.endswith("attention.qkv.weight"):
+            return 3
+        return 2 if name.endswith(("w13.weight", "gate_up")) else 1
+
+    return {
+        name: stacked(name)
+        for name, weight in weights.items()
+        if weight.ndim == 2
+        and ("layers." in name or "_refiner." in name)
+        and not ("adaLN" in name or "qk_norm" in name)
+    }
 
 
 def native_weights(painter: Painter) -> Mapping[str, Mapping[str, Tensor]]:

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tools.muon import Muon
+
 SAVE_SECONDS = 120.0
 
 
@@ -46,6 +48,7 @@ def train(
     folder: Path,
     log: Callable[[str], None],
     on_save: Callable[[int], None] | None = None,
+    matrices: Mapping[str, int] | None = None,
 ) -> None:
     """Train `weights` in place; at the end they are their running average.
 
@@ -57,24 +60,20 @@ def train(
         folder: Where the state is kept.
         log: Takes a line.
         on_save: Called with the step after the state was kept, with the averages in `weights`.
+        matrices: The weights that Muon trains -> how many matrices are stacked in each; AdamW
+            trains the others.
     """
     path = folder / f"{name}.safetensors"
     average = {key: weight.detach().clone() for key, weight in weights.items()}
-    optimiser = torch.optim.AdamW(
-        weights.values(), lr=schedule.rate, betas=(0.9, 0.99), weight_decay=schedule.decay
-    )
+    optimiser = _Optimiser(weights, matrices or {}, schedule.decay)
     step = _restore(path, weights, average, optimiser)
     if step:
         log(f"{name}: goes on at step {step} of {schedule.steps}")
     started, saved, seen, total, first = time.time(), time.time(), 0, 0.0, step
     while step < schedule.steps:
-        for group in optimiser.param_groups:
-            group["lr"] = schedule.rate_at(step)
-        optimiser.zero_grad(set_to_none=True)
         loss = loss_of(step)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        optimiser.step()
+        optimiser.step(schedule.rate_at(step))
         step += 1
         with torch.no_grad():
             keep = min(schedule.ema, step / (step + 10))
@@ -94,6 +93,44 @@ def train(
     with torch.no_grad():
         for key, weight in weights.items():
             weight.copy_(average[key])
+
+
+class _Optimiser:
+    """Muon for matrices, AdamW for the rest."""
+
+    def __init__(self, weights: Mapping[str, Tensor], matrices: Mapping[str, int], decay: float):
+        self.muon = Muon({name: weights[name] for name in matrices}, matrices, decay)
+        self.others = {name: of for name, of in weights.items() if name not in matrices}
+        self.adam = torch.optim.AdamW(self.others.values(), betas=(0.9, 0.99), weight_decay=decay)
+
+    def step(self, rate: float) -> None:
+        """Step along the gradients and drop them."""
+        torch.nn.utils.clip_grad_norm_(self.others.values(), 1.0)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.step()
+        self.muon.step(rate)
+        for weight in (*self.others.values(), *self.muon.weights.values()):
+            weight.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """What has to be kept, by name; the tensors themselves."""
+        state = {f"momentum/{name}": value for name, value in self.muon.state.items()}
+        for name, weight in self.others.items():
+            moments = self.adam.state[weight]
+            state |= {f"first/{name}": moments["exp_avg"], f"second/{name}": moments["exp_avg_sq"]}
+        return state
+
+    def restore(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Go on from what was kept after `step` steps."""
+        for weight in self.others.values():
+            self.adam.state[weight] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": torch.empty_like(weight),
+                "exp_avg_sq": torch.empty_like(weight),
+            }
+        for name, value in self.state().items():
+            value.copy_(state[name])
 
 
 class _swapped:
@@ -129,13 +166,11 @@ def _keep(
     step: int,
     weights: Mapping[str, Tensor],
     average: Mapping[str, Tensor],
-    optimiser: torch.optim.Optimizer,
+    optimiser: _Optimiser,
 ) -> None:
-    state: dict[str, Tensor] = {"step": torch.tensor(step)}
+    state: dict[str, Tensor] = {"step": torch.tensor(step), **optimiser.state()}
     for key, weight in weights.items():
-        moments = optimiser.state[weight]
         state |= {f"weight/{key}": weight, f"average/{key}": average[key]}
-        state |= {f"first/{key}": moments["exp_avg"], f"second/{key}": moments["exp_avg_sq"]}
     write_tensors(path, state)
 
 
@@ -144,7 +179,7 @@ def _restore(
     path: Path,
     weights: Mapping[str, Tensor],
     average: Mapping[str, Tensor],
-    optimiser: torch.optim.Optimizer,
+    optimiser: _Optimiser,
 ) -> int:
     if not path.exists():
         return 0
@@ -153,9 +188,5 @@ def _restore(
     for key, weight in weights.items():
         weight.copy_(state[f"weight/{key}"])
         average[key].copy_(state[f"average/{key}"])
-        optimiser.state[weight] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": state[f"first/{key}"].clone(),
-            "exp_avg_sq": state[f"second/{key}"].clone(),
-        }
+    optimiser.restore(state, step)
     return step

@@ -37,17 +37,20 @@ from tools.demo_network import (
     train_network,
 )
 from tools.resumable import Schedule, write_tensors
-from turbo.latent import from_sampler
-from turbo.messages import one_line
-from turbo.names import NETWORK, TEXT_ENCODER
-from turbo.testing import (
-    diffusers_configs,
-    initialise,
-    qwen3_shapes,
+from turbo.diffusers_folder import (
+    DIFFUSERS_FILES,
+    network_config,
+    text_encoder_config,
     to_diffusers,
     write_pipeline,
 )
+from turbo.latent import from_sampler
+from turbo.messages import one_line
+from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
+from turbo.testing import initialise, qwen3_shapes
+from turbo.text_encoder import TextEncoderConfig
 from turbo.tokenizer import Tokenizer
+from turbo.transformer import TransformerConfig
 
 NEEDED_BYTES = 1 << 30
 _SETTINGS = "settings.json"
@@ -72,6 +75,7 @@ class Amounts:
     """How much of everything."""
 
     autoencoder: Schedule
+    decoder: Schedule
     network: Schedule
     lora: Schedule
     scenes: tuple[int, int, int]
@@ -79,7 +83,8 @@ class Amounts:
 
 
 WHOLE = Amounts(
-    autoencoder=Schedule(steps=3000, rate=2e-3),
+    autoencoder=Schedule(steps=1500, rate=2e-3, ema=0.99),
+    decoder=Schedule(steps=500, rate=1e-3, ema=0.99),
     network=Schedule(steps=2600, rate=1.5e-3, warm_up=100),
     lora=Schedule(steps=250, rate=2e-3, warm_up=20, ema=0.98),
     scenes=(6000, 1200, 200),
@@ -87,6 +92,7 @@ WHOLE = Amounts(
 )
 QUICK = Amounts(
     autoencoder=Schedule(steps=3, rate=2e-3),
+    decoder=Schedule(steps=2, rate=1e-3),
     network=Schedule(steps=3, rate=1e-3),
     lora=Schedule(steps=2, rate=1e-3),
     scenes=(8, 8, 2),
@@ -124,7 +130,12 @@ class _Trainer:
 
     def _train_autoencoder(self) -> None:
         autoencoders.train_autoencoder(
-            self.autoencoder, self.amounts.autoencoder, self.seed, self.work, self.log
+            self.autoencoder,
+            self.amounts.autoencoder,
+            self.amounts.decoder,
+            self.seed,
+            self.work,
+            self.log,
         )
         with torch.inference_mode():
             decibels = autoencoders.psnr_on_scenes(self.autoencoder, self.seed)
@@ -163,19 +174,22 @@ class _Trainer:
 
 def write_model(trainer: Any, loras: dict[str, dict[str, Tensor]], out: Path) -> None:
     """Write the model in diffusers' layout, bfloat16, its LoRAs beside it."""
-    configs = diffusers_configs(trainer.size, torch.bfloat16)
     native = {name: dict(of) for name, of in native_weights(trainer.painter).items()}
     last = initialise(qwen3_shapes(trainer.size.text_encoder), trainer.seed)
     native[TEXT_ENCODER] = last | native[TEXT_ENCODER]  # the last layer is there and never read
-    places = {
-        NETWORK: out / "transformer" / "diffusion_pytorch_model.safetensors",
-        TEXT_ENCODER: out / "text_encoder" / "model.safetensors",
+    end = trainer.tokenizer.encode("<|im_end|>")[0]
+    shapes = {kind: {name: x.shape for name, x in of.items()} for kind, of in native.items()}
+    configs = {
+        NETWORK: network_config(TransformerConfig.from_shapes(shapes[NETWORK])),
+        TEXT_ENCODER: text_encoder_config(
+            TextEncoderConfig.from_shapes(shapes[TEXT_ENCODER]), torch.bfloat16, end
+        ),
     }
-    configs[TEXT_ENCODER]["eos_token_id"] = trainer.tokenizer.encode("<|im_end|>")[0]
+    places = {component: out / DIFFUSERS_FILES[component] for component in configs}
     for component, path in places.items():
         _write_component(path, to_diffusers(component, native[component]), configs[component])
     _write_component(
-        out / "vae" / "diffusion_pytorch_model.safetensors",
+        out / DIFFUSERS_FILES[AUTOENCODER],
         trainer.autoencoder.state_dict(),
         {"_class_name": "AutoencoderKL", **autoencoders.CONFIG},
     )

@@ -56,6 +56,8 @@ time (44 million values of Q8_0: 0.16 against 0.51 s on one AMD EPYC core)."""
 _LARGEST_JSON = 64 << 20
 
 _READABLE_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+NORM_GROUPS_KEY = "norm_num_groups"
+"""In the metadata of an autoencoder's safetensors file: groups of its norms, if not 32."""
 _FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -359,6 +361,9 @@ def open_file(component: str, *paths: Path | str) -> Checkpoint:
     """
     headers = [open_header(path) for path in paths]
     config = gguf_file.gguf_config(headers[0]) if component == TEXT_ENCODER else {}
+    groups = headers[0].metadata.get(NORM_GROUPS_KEY)
+    if component == AUTOENCODER and groups is not None:
+        config[NORM_GROUPS_KEY] = int(groups) if groups.isdecimal() and len(groups) < 9 else groups
     checkpoint = _arrange(component, headers, ", ".join(str(path) for path in paths), config)
     _check_config(checkpoint, headers[0].path)
     return checkpoint

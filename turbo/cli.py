@@ -25,6 +25,7 @@ STEPS_LIMIT = 1000
 SWITCH = ("auto", "on", "off")
 CAPTURES = ("auto", "cuda-graph", "replay", "eager")
 MEMORY = ("auto", "fast", "balanced", "low")
+LAYOUTS = ("comfyui", "diffusers")
 QUANTIZE = ("auto", "none", "fp8", "int8", "int8-weight-only")
 ATTENTION = ("auto", "sdpa", "cudnn", "flash", "efficient", "xformers", "flex")
 
@@ -117,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_plan(commands)
     _add_quantize(commands)
+    _add_convert(commands)
     _add_cache(commands)
     return parser
 
@@ -179,6 +181,28 @@ def _add_quantize(commands: Any) -> None:
         choices=QUANTIZE[2:],
         required=True,
         help="fp8 for Ada, Hopper and newer, int8 for Ampere, int8-weight-only for any",
+    )
+    _add_file_options(parser)
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _add_command(commands, "convert", "write a model in another layout of its files")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="ComfyUI's models folder, a diffusers folder or a checkpoint; default: the built-in",
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=_folder, required=True, help="a new folder"
+    )
+    parser.add_argument(
+        "--layout",
+        metavar="|".join(LAYOUTS),
+        choices=LAYOUTS,
+        required=True,
+        help="comfyui: a file of each component; diffusers: a folder of each",
     )
     _add_file_options(parser)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")

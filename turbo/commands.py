@@ -116,7 +116,7 @@ class ModelPaths:
 
         path: str | Path | None = self.path
         if self.is_built_in:
-            from turbo.testing import builtin_model
+            from turbo.builtin import builtin_model
 
             path = builtin_model()
         return find_model_files(path, **self.files)
@@ -228,6 +228,31 @@ def quantize(args: Namespace) -> None:
         write_quantized(files, out, args.quantize, progress)
     if not args.quiet:
         print(one_line(f"wrote {out}; turbo generate --model {out} uses it", limit=None))
+
+
+# turbo convert
+
+
+def convert(args: Namespace) -> None:
+    """``turbo convert``: write a model in another layout of its files."""
+    from turbo.converted_files import COMFYUI_NORM_GROUPS, norm_groups, write_converted
+    from turbo.progress import ProgressBar
+
+    out = Path(os.path.expanduser(args.output))
+    require_writable_folder(out.absolute().parent)
+    given = {name: _expand(getattr(args, name)) for name in (
+        "diffusion_model", "text_encoder", "vae", "tokenizer")}  # fmt: skip
+    files = ModelPaths(_expand(args.model), given).find()
+    labels = {name: f"write {name.replace('_', ' ')}" for name in files.open()}
+    with ProgressBar(sys.stderr, labels, quiet=args.quiet) as progress:
+        write_converted(files, out, args.layout, progress)
+    if args.quiet:
+        return
+    groups = norm_groups(files.open())
+    if args.layout == "comfyui" and groups != COMFYUI_NORM_GROUPS:
+        print(f"ComfyUI itself cannot read this autoencoder: it has {groups} groups in its norms, "
+              f"ComfyUI always {COMFYUI_NORM_GROUPS}")  # fmt: skip
+    print(one_line(f"wrote {out}; turbo generate --model {out} uses it", limit=None))
 
 
 @dataclass(frozen=True)

@@ -305,7 +305,7 @@ class Engine:
         if not any((path, diffusion_model, text_encoder, vae)):
             path, vae, text_encoder = settings.path, settings.vae_path, settings.clip_path
             if not any((path, vae, text_encoder)):
-                from turbo.testing import builtin_model
+                from turbo.builtin import builtin_model
 
                 path = builtin_model()
         # A plan file may name the network's own file as its model path, beside two other files.

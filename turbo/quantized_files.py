@@ -8,15 +8,10 @@ ever in memory.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from secrets import token_hex
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -27,23 +22,12 @@ from turbo.errors import BadInputError
 from turbo.model_files import PREFERRED_FILES, ModelFiles
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.quantize import METADATA_KEY, QUANTIZATIONS, VALUE_DTYPES, QuantizedRows
-from turbo.whole_file import cannot_save
+from turbo.tensor_file import Outline, write_streamed
+from turbo.whole_file import whole_folder
 
-_FOLDERS = {NETWORK: "diffusion_models", TEXT_ENCODER: "text_encoders", AUTOENCODER: "vae"}
-_DIFFUSERS = {NETWORK: "transformer", TEXT_ENCODER: "text_encoder", AUTOENCODER: "vae"}
+COMFYUI_FOLDERS = {NETWORK: "diffusion_models", TEXT_ENCODER: "text_encoders", AUTOENCODER: "vae"}
+DIFFUSERS_FOLDERS = {NETWORK: "transformer", TEXT_ENCODER: "text_encoder", AUTOENCODER: "vae"}
 _SCALE = "_scale"
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8",
-}
-
-Outline = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Name -> dtype and shape of a tensor that a file is to hold, in the order of the file."""
 
 
 def write_quantized(
@@ -81,7 +65,7 @@ def write_quantized(
     outline = Components.outline(checkpoints, component_dtypes(torch.bfloat16), kind)
     matrices = set(outline.network.quantized_rows())
     writer = _Writer(files, checkpoints, on_progress or (lambda *_: None))
-    with _whole_folder(out) as folder:
+    with whole_folder(out) as folder:
         writer.write(folder, kind, matrices)
     return out
 
@@ -101,7 +85,7 @@ class _Writer:
         self.is_diffusers = files.layout == "diffusers"
 
     def write(self, folder: Path, kind: str, matrices: set[str]) -> None:
-        places = _DIFFUSERS if self.is_diffusers else _FOLDERS
+        places = DIFFUSERS_FOLDERS if self.is_diffusers else COMFYUI_FOLDERS
         network = folder / places[NETWORK] / self._network_name(kind)
         network.parent.mkdir(parents=True)
         self._stream(NETWORK, network, kind, matrices)
@@ -112,7 +96,7 @@ class _Writer:
         ):
             self._keep(component, path, folder / places[component])
         if self.files.tokenizer is not None:
-            _copy(self.files.tokenizer, folder / "tokenizer")
+            copy_tokenizer(self.files.tokenizer, folder / "tokenizer")
         index = self.files.network.parent / "model_index.json"
         if self.is_diffusers and index.is_file():
             shutil.copyfile(index, folder / index.name)
@@ -142,28 +126,25 @@ class _Writer:
         checkpoint = self.checkpoints[component]
         outline = _outline(checkpoint, kind, matrices)
         names = checkpoint.reading_order(checkpoint.shapes)
-        with path.open("xb") as file:
-            offsets = _write_header(file, outline, {} if kind is None else {METADATA_KEY: kind})
+
+        def parts() -> Iterator[tuple[str, Tensor]]:
             for done, name in enumerate(names, start=1):
-                for part, tensor in _parts(checkpoint, name, outline, kind):
-                    file.seek(offsets[part])
-                    file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+                yield from _parts(checkpoint, name, outline, kind)
                 self.on_progress(component, done, len(names))
-            file.flush()
-            os.fsync(file.fileno())
+
+        write_streamed(path, outline, parts(), {} if kind is None else {METADATA_KEY: kind})
         checkpoint.release()
 
 
 def _outline(checkpoint: Checkpoint, kind: str | None, matrices: set[str]) -> Outline:
-    """What a file is to hold; wide values first, so that all are aligned."""
-    outline: Outline = {}
+    outline: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, shape in checkpoint.shapes.items():
         if kind is not None and name in matrices:
             outline[name] = (VALUE_DTYPES[kind], shape)
             outline[f"{name}{_SCALE}"] = (torch.float32, (shape[0], 1))
         else:
             outline[name] = (checkpoint.float_dtype(name), shape)
-    return dict(sorted(outline.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
+    return outline
 
 
 def _parts(
@@ -182,26 +163,7 @@ def _parts(
     yield scale, rows.scales
 
 
-def _write_header(file: BinaryIO, outline: Outline, metadata: dict[str, str]) -> dict[str, int]:
-    """Write a safetensors table of contents; returns where in the file each tensor goes."""
-    table: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
-    begin, places = 0, {}
-    for name, (dtype, shape) in outline.items():
-        end = begin + math.prod(shape) * dtype.itemsize
-        table[name] = {
-            "dtype": _CODES[dtype],
-            "shape": list(shape),
-            "data_offsets": [begin, end],
-        }
-        places[name], begin = begin, end
-    text = json.dumps(table).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    start = file.tell()
-    return {name: start + place for name, place in places.items()}
-
-
-def _copy(path: Path, folder: Path) -> None:
+def copy_tokenizer(path: Path, folder: Path) -> None:
     """Copy a tokenizer: a folder, or one file and what belongs to it."""
     folder.mkdir(parents=True)
     wanted = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
@@ -209,17 +171,3 @@ def _copy(path: Path, folder: Path) -> None:
     for file in found:
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A folder under another name until the block has ended well."""
-    temporary = out.parent / f".turbo-{token_hex(8)}.tmp"
-    try:
-        temporary.mkdir()
-        yield temporary
-        os.rename(temporary, out)
-    except OSError as error:
-        raise cannot_save(out, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -6,11 +6,8 @@ and shape alone, so two layouts of one seed hold bit-equal weights.
 
 from __future__ import annotations
 
-import atexit
-import json
 import math
 import os
-import shutil
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -24,9 +21,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from turbo.cache_folder import user_cache
+from turbo.diffusers_folder import (
+    DIFFUSERS_FILES,
+    diffusers_configs,
+    to_diffusers,
+    write_json,
+    write_pipeline,
+)
 from turbo.errors import BadInputError, SaveError
-from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER, diffusers_names, is_plain_matrix
+from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 
 LAYOUTS = ("comfyui", "diffusers")
 
@@ -80,7 +83,6 @@ _CHAT_TEMPLATE = (
     "message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-_CONTENTS_FILE = "contents.json"
 
 
 def make_tiny_model(
@@ -130,28 +132,6 @@ def make_model(
     except (OSError, SafetensorError) as error:
         raise SaveError(f"{folder}: cannot write the model: {error}") from error
     return folder
-
-
-def builtin_model(cache_dir: Path | str | None = None, seed: int = 0) -> Path:
-    """The small model that is used when none is given, made once and kept in the user's cache.
-
-    Args:
-        cache_dir: Folder to keep it in; without it ``$XDG_CACHE_HOME/turbo`` or ``~/.cache/turbo``.
-        seed: Seed of its weights.
-
-    Returns:
-        Its folder; in a temporary place, removed at exit, if the cache cannot be written.
-    """
-    cache = Path(cache_dir) if cache_dir is not None else user_cache() / "turbo"
-    folder = cache / f"tiny-model-v1-{seed}"
-    try:
-        if not _is_complete(folder):
-            _put_model(folder, seed)
-        return folder
-    except (OSError, SaveError):
-        temporary = tempfile.mkdtemp(prefix="turbo-")
-        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        return make_tiny_model(Path(temporary, folder.name), seed=seed)
 
 
 def initialise(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
@@ -354,7 +334,6 @@ def _write_model(folder: Path, size: ModelSize, layout: str, seed: int, dtype: t
         _write_comfyui(folder, weights, dtype)
     else:
         _write_diffusers(folder, weights, dtype, size)
-    _write_json(folder / _CONTENTS_FILE, {"seed": seed, "sizes": _file_sizes(folder)})
 
 
 def _write_comfyui(
@@ -377,124 +356,20 @@ def _write_diffusers(
     dtype: torch.dtype,
     size: ModelSize,
 ) -> None:
-    configs = diffusers_configs(size, dtype)
-    for component, place in (
-        (NETWORK, "transformer/diffusion_pytorch_model.safetensors"),
-        (TEXT_ENCODER, "text_encoder/model.safetensors"),
-        (AUTOENCODER, "vae/diffusion_pytorch_model.safetensors"),
-    ):
+    configs = diffusers_configs(
+        {
+            NETWORK: zimage_shapes(size.network),
+            TEXT_ENCODER: qwen3_shapes(size.text_encoder),
+            AUTOENCODER: autoencoder_shapes(size.autoencoder),
+        },
+        dtype,
+        _control_token_id("<|im_end|>"),
+    )
+    for component, place in DIFFUSERS_FILES.items():
         _save(to_diffusers(component, weights[component]), folder / place, dtype)
-        _write_json((folder / place).with_name("config.json"), configs[component])
+        write_json((folder / place).with_name("config.json"), configs[component])
     write_tokenizer(folder / "tokenizer")
     write_pipeline(folder)
-
-
-def write_pipeline(folder: Path) -> None:
-    """Write what makes a folder of components one that diffusers knows: index and scheduler."""
-    _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
-    _write_json(folder / "model_index.json", _MODEL_INDEX)
-
-
-def diffusers_configs(size: ModelSize, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """The ``config.json`` of each component, as diffusers and transformers write them."""
-    return {
-        NETWORK: _network_config(size.network),
-        TEXT_ENCODER: _text_encoder_config(size.text_encoder, dtype),
-        AUTOENCODER: _autoencoder_config(size.autoencoder),
-    }
-
-
-def to_diffusers(component: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Native tensors under diffusers' names: fused rows apart, 1x1 convolutions as matrices."""
-    renamed: dict[str, Tensor] = {}
-    for name, names in diffusers_names(component, weights).items():
-        values = weights[name]
-        if component == AUTOENCODER and is_plain_matrix(name):
-            values = values.flatten(1)
-        renamed |= dict(zip(names, values.chunk(len(names)), strict=True))
-    return renamed
-
-
-def _network_config(size: Mapping[str, Any]) -> dict[str, Any]:
-    head = size["dim"] // size["n_heads"]
-    return {
-        "_class_name": "ZImageTransformer2DModel",
-        "all_patch_size": [2],
-        "all_f_patch_size": [1],
-        "in_channels": 16,
-        "dim": size["dim"],
-        "n_layers": size["n_layers"],
-        "n_refiner_layers": size["n_refiner_layers"],
-        "n_heads": size["n_heads"],
-        "n_kv_heads": size["n_heads"],
-        "norm_eps": 1e-05,
-        "qk_norm": True,
-        "cap_feat_dim": size["cap_feat_dim"],
-        "rope_theta": 256.0,
-        "t_scale": 1000.0,
-        "axes_dims": [head // 4, head * 3 // 8, head * 3 // 8],
-        "axes_lens": [1536, 512, 512],
-    }
-
-
-def _text_encoder_config(size: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "eos_token_id": _control_token_id("<|im_end|>"),
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "max_position_embeddings": 40960,
-        "model_type": "qwen3",
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 1000000,
-        "tie_word_embeddings": True,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "use_cache": True,
-        "use_sliding_window": False,
-        **size,
-    }
-
-
-def _autoencoder_config(size: Mapping[str, Any]) -> dict[str, Any]:
-    levels = len(size["ch_mult"])
-    return {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "block_out_channels": [size["ch"] * m for m in size["ch_mult"]],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "force_upcast": True,
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": size["z_channels"],
-        "layers_per_block": size["num_res_blocks"],
-        "mid_block_add_attention": True,
-        "norm_num_groups": 32,
-        "sample_size": 1024,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-        "use_post_quant_conv": False,
-        "use_quant_conv": False,
-    }
-
-
-_SCHEDULER_CONFIG = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-    "use_dynamic_shifting": False,
-}
-_MODEL_INDEX = {
-    "_class_name": "ZImagePipeline",
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "Qwen3Model"],
-    "tokenizer": ["transformers", "Qwen2Tokenizer"],
-    "transformer": ["diffusers", "ZImageTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
 
 
 def write_tokenizer(folder: Path, merges: Sequence[str] = _MERGES) -> int:
@@ -508,7 +383,7 @@ def write_tokenizer(folder: Path, merges: Sequence[str] = _MERGES) -> int:
         How many ids there are.
     """
     tokens = [*_byte_characters(), *(merge.replace(" ", "") for merge in merges)]
-    _write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
+    write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
     lines = ("#version: 0.2", *merges)
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     added = {
@@ -538,7 +413,7 @@ def write_tokenizer(folder: Path, merges: Sequence[str] = _MERGES) -> int:
         "tokenizer_class": "Qwen2Tokenizer",
         "unk_token": None,
     }
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
     return len(tokens) + len(_CONTROL_TOKENS)
 
 
@@ -561,40 +436,3 @@ def _save(weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None
     tensors = {name: values.to(dtype).contiguous() for name, values in weights.items()}
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # the library leaves them readable to their owner alone
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _file_sizes(folder: Path) -> dict[str, int]:
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != _CONTENTS_FILE
-    }
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether all files of a model are there, each of its size; others may lie beside them."""
-    try:
-        sizes = json.loads((folder / _CONTENTS_FILE).read_bytes())["sizes"]
-        return bool(sizes.items() <= _file_sizes(folder).items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _put_model(folder: Path, seed: int) -> None:
-    """Put a whole model where none or a damaged one is; another process may do the same now."""
-    if not folder.is_absolute():
-        raise SaveError(f"{folder}: the user has no home folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        fresh = make_tiny_model(Path(temporary, "fresh"), seed=seed)
-        try:
-            os.replace(fresh, folder)
-        except OSError:  # there is one already: renew its files, keep what the user put beside them
-            for name in (*_file_sizes(fresh), _CONTENTS_FILE):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(fresh / name, folder / name)

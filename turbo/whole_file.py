@@ -6,6 +6,8 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from turbo.errors import BadInputError, SaveError
@@ -91,3 +93,21 @@ def _give_name(temporary: Path, target: Path, overwrite: bool) -> None:
         if target.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
         os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A new folder, under another name until the block has ended well.
+
+    Raises:
+        SaveError: It cannot be written, or the disk is full; nothing is left.
+    """
+    temporary = out.parent / f".turbo-{secrets.token_hex(8)}.tmp"
+    try:
+        temporary.mkdir()
+        yield temporary
+        os.rename(temporary, out)
+    except OSError as error:
+        raise cannot_save(out, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

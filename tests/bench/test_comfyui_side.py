@@ -26,14 +26,14 @@ from tests.turbo.fake_comfyui import FakeComfyUI, fake_comfyui
 from turbo.comfyui_workflow import ModelNames
 from turbo.model_files import ModelFiles, find_model_files
 from turbo.plan import DEFAULT_PLAN
-from turbo.testing import builtin_model
+from turbo.testing import make_tiny_model
 
 REQUEST = Request(prompt="a lighthouse", negative_prompt="blurry", seed=42)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> ModelFiles:
-    return find_model_files(builtin_model(tmp_path_factory.mktemp("cache")))
+    return find_model_files(make_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from bench.sdcpp_side import SdcppSide
 from bench.side import MissingRivalError, Request, SideError
 from turbo.model_files import ModelFiles, find_model_files
 from turbo.plan import DEFAULT_PLAN
-from turbo.testing import builtin_model
+from turbo.testing import make_tiny_model
 
 REQUEST = Request(prompt="a lighthouse", negative_prompt="blurry", seed=42)
 LOG = """
@@ -50,7 +50,7 @@ def write_picture(width=int(value("-W")), height=int(value("-H"))):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> ModelFiles:
-    return find_model_files(builtin_model(tmp_path_factory.mktemp("cache")))
+    return find_model_files(make_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bench.setting import distance
 from bench.timing import synchronise
 from turbo.engine import Engine
-from turbo.testing import builtin_model
+from turbo.testing import make_tiny_model
 from turbo.transformer import Transformer
 
 Result = TypeVar("Result")
@@ -26,9 +26,9 @@ NEAR = 1e-4
 
 
 @pytest.fixture(scope="session")
-def engine() -> Engine:
-    """The built-in small model with the workflow's own plan, warmed up."""
-    made = Engine.from_pretrained(builtin_model())
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """A tiny model with the workflow's own plan, warmed up."""
+    made = Engine.from_pretrained(make_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
     made.warmup()
     return made
 

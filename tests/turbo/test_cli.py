@@ -23,13 +23,13 @@ from turbo.compile.cache import pack, write_entry
 
 from tests.conftest import REPOSITORY
 from turbo import __version__, commands
+from turbo.builtin import builtin_model
 from turbo.checkpoint import Checkpoint
 from turbo.cli import CAPTURES, main
 from turbo.commands import parse_lora
 from turbo.errors import BadInputError, NonFiniteLatentError
 from turbo.image_file import read_metadata
 from turbo.plan import DEFAULT_PLAN, ModelSettings, Plan, load_plan, plan_to_dict
-from turbo.testing import builtin_model
 
 SMALL_PLAN = """\
 generation:
