@@ -84,7 +84,7 @@ class Amounts:
 
 WHOLE = Amounts(
     autoencoder=Schedule(steps=1500, rate=2e-3, ema=0.99),
-    decoder=Schedule(steps=500, rate=1e-3, ema=0.99),
+    decoder=Schedule(steps=250, rate=1e-3, ema=0.98),
     network=Schedule(steps=2600, rate=1.5e-3, warm_up=100),
     lora=Schedule(steps=250, rate=2e-3, warm_up=20, ema=0.98),
     scenes=(6000, 1200, 200),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tools import resumable
+from tools.muon import Muon, orthogonal
 from tools.resumable import Schedule, train
 from tools.train_demo_model import main
 from turbo.engine import Engine
@@ -26,9 +27,10 @@ class Killed(Exception):
 
 
 def learn(folder: Path, stop_at: int | None = None) -> dict[str, Tensor]:
-    module = nn.Linear(3, 2, bias=False)
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     with torch.no_grad():
-        module.weight.fill_(1.0)
+        for weight in module.parameters():
+            weight.copy_(torch.linspace(-1, 1, weight.numel()).view(weight.shape))
 
     def loss_of(step: int) -> Tensor:
         if step == stop_at:
@@ -36,8 +38,14 @@ def learn(folder: Path, stop_at: int | None = None) -> dict[str, Tensor]:
         x = np.random.default_rng([7, step]).standard_normal((4, 3), dtype=np.float32)
         return cast(Tensor, module(torch.from_numpy(x)).square().mean())
 
-    train("phase", dict(module.named_parameters()), loss_of, SCHEDULE, folder, lambda _: None)
-    return {"weight": module.weight.detach()}
+    matrices = {"0.weight": 2, "1.weight": 1}
+    weights = dict(module.named_parameters())
+    train("phase", weights, loss_of, SCHEDULE, folder, lambda _: None, matrices=matrices)
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture
@@ -53,14 +61,43 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path: Path, stop_at: 
     whole = learn(tmp_path / "whole")
     with pytest.raises(Killed):
         learn(tmp_path / "broken", stop_at)
-    assert torch.equal(learn(tmp_path / "broken")["weight"], whole["weight"])
+    assert same(learn(tmp_path / "broken"), whole)
 
 
 @pytest.mark.usefixtures("saves_often")
 def test_a_finished_phase_is_not_trained_again(tmp_path: Path) -> None:
     first = learn(tmp_path)
     again = learn(tmp_path, stop_at=12)
-    assert torch.equal(first["weight"], again["weight"])
+    assert same(first, again)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 4, 12), (1, 12, 4)])
+def test_directions_become_equally_long(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    made = orthogonal(matrices)
+    assert made.shape == shape
+    lengths = torch.linalg.svdvals(made)
+    assert ((lengths > 0.3) & (lengths < 1.3)).all()
+
+
+def test_each_stacked_matrix_and_each_kernel_is_taken_by_itself() -> None:
+    generator = torch.Generator().manual_seed(1)
+    gradient = torch.randn(6, 5, generator=generator)
+    stacked, kernel = torch.zeros(6, 5), torch.zeros(4, 2, 3, 3)
+    alone = [torch.zeros(3, 5), torch.zeros(3, 5)]
+    together = {"stacked": stacked, "kernel": kernel}
+    apart = {"0": alone[0], "1": alone[1], "kernel": torch.zeros(4, 18)}
+    of_kernel = torch.randn(4, 2, 3, 3, generator=generator)
+    for weights, gradients in (
+        (together, {"stacked": gradient, "kernel": of_kernel}),
+        (apart, {"0": gradient[:3], "1": gradient[3:], "kernel": of_kernel.flatten(1)}),
+    ):
+        for name, weight in weights.items():
+            weight.grad = gradients[name].clone()
+        Muon(weights, {name: 2 if name == "stacked" else 1 for name in weights}, 0.0).step(0.1)
+    torch.testing.assert_close(stacked, torch.cat(alone))
+    torch.testing.assert_close(kernel.flatten(1), apart["kernel"])
+    assert stacked.square().mean().sqrt() == pytest.approx(0.04, rel=0.5)
 
 
 def test_the_command_does_not_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
