@@ -205,7 +205,7 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
                         help="seconds during which requests arrive")  # fmt: skip
     parser.add_argument("--url", help="a server with OpenAI's images API, without /v1/...")
     parser.add_argument("--model", metavar="DIR",
-                        help="model folder (default: the built-in small one); with --url the name "
+                        help="model folder (default: the built-in one); with --url the name "
                         "to ask for")  # fmt: skip
     parser.add_argument("--plan", type=Path, metavar="FILE",
                         help="plan file; with --url its last size is asked for")  # fmt: skip

@@ -12,9 +12,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from bench.arguments import Parser, without_folders
 from bench.described import describe_model
@@ -26,6 +29,7 @@ from bench.quality_study import (
     EXACT,
     OPTIONS,
     FailedCheckError,
+    Judge,
     Option,
     Study,
     dtype_name,
@@ -39,6 +43,7 @@ from turbo.plan import DEFAULT_PLAN, ModelSettings, Plan, load_plan, plan_to_dic
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 SEED = 42
+EXACT_RUN = "exact"
 PICTURES = 8
 """Prompts, if none are asked for."""
 
@@ -121,6 +126,18 @@ def table(data: Found) -> Iterator[str]:
     if "stages" in data["another_seed"]:
         yield from _lines(ANOTHER_SEED, data["another_seed"])
     yield LEGEND
+    yield from _verdicts(data)
+
+
+def _verdicts(data: Found) -> Iterator[str]:
+    entries = {EXACT_RUN: data["exact"], **data["options"], ANOTHER_SEED: data["another_seed"]}
+    judged = {name: entry["judged"] for name, entry in entries.items() if "judged" in entry}
+    if not judged:
+        return
+    parts = list(judged[EXACT_RUN])
+    yield f"{'as the prompt says':18} " + " ".join(f"{part:>10}" for part in parts)
+    for name, shares in judged.items():
+        yield f"{name:18} " + " ".join(f"{shares[part]:10.1%}" for part in parts)
 
 
 def _lines(name: str, entry: Found) -> Iterator[str]:
@@ -159,7 +176,7 @@ def title(data: Found) -> str:
     model, count = configuration["model"], len(data["exact"]["pictures"])
     parameters = f"{sum(model['parameters'].values()):,} parameters"
     if model["built_in"]:
-        parameters += " of random weights, so nothing here is about Z-Image itself"
+        parameters += ", trained on coloured shapes, so nothing here is about Z-Image itself"
     return (
         f"Model: {model['name']}, {parameters}. Exact run: {configuration['dtype']} on "
         f"{configuration['device']}, no EasyCache. Seed {configuration['seed']}, prompts: {count}."
@@ -187,6 +204,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", metavar="N", type=int,
                         help=f"how many (default: {PICTURES}, or all of the file)")  # fmt: skip
     parser.add_argument("--prompts-file", metavar="FILE", type=Path, help="one prompt a line")
+    parser.add_argument("--judge", action="store_true",
+                        help="for the built-in model: prompts it was never trained on, and what "
+                        "share of the pictures is as they say")  # fmt: skip
     parser.add_argument("--seed", metavar="S", type=int, default=SEED, help=f"default: {SEED}")
     parser.add_argument("--options", metavar="NAMES",
                         help="separated by commas, of: "
@@ -204,7 +224,7 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     require_writable(options.output)
     require_writable(options.grid, "--grid")
     seed = check_seed(options.seed)
-    prompts = read_prompts(options.prompts_file, options.prompts)
+    prompts, judge = _prompts_and_judge(options)
     if options.grid is not None and options.grid.suffix.lower() != ".png":
         raise BadInputError(f"--grid must end in .png, got {options.grid.name!r}")
     plan = (DEFAULT_PLAN if options.plan is None else load_plan(options.plan)).resolved()
@@ -238,12 +258,31 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     del results.data["parts"]
     results.write()
     folder = None if path is None else path.with_name(f"{path.stem}-pictures")
-    study = Study(plan, chosen, prompts, seed, exact, make_engine, results, folder)
+    study = Study(plan, chosen, prompts, seed, exact, make_engine, results, folder, judge=judge)
     code = _measure(study, results, options.grid)
     print(title(results.data))
     for line in table(results.data):
         print(line)
     return code
+
+
+def _prompts_and_judge(options: argparse.Namespace) -> tuple[list[str], Judge | None]:
+    if not options.judge:
+        return read_prompts(options.prompts_file, options.prompts), None
+    if options.prompts_file is not None:
+        raise BadInputError("--judge has prompts of its own; leave --prompts-file out")
+    count = PICTURES if options.prompts is None else options.prompts
+    if count < 1:
+        raise BadInputError(f"--prompts must be at least 1, got {count}")
+    from tools.judging import judge_one
+    from tools.scenes import held_out_prompts
+
+    asked = held_out_prompts(count)
+
+    def judge(number: int, picture: Image.Image) -> dict[str, bool]:
+        return asdict(judge_one(np.asarray(picture), asked[number][1]))
+
+    return [prompt for prompt, _ in asked], judge
 
 
 def _dtype_of(options: argparse.Namespace, plan: Plan) -> str:

@@ -40,6 +40,10 @@ EXACT = {"compile": False, "capture": "eager", "kernels": False}
 ANOTHER_SEED = "another seed"
 
 
+Judge = Callable[[int, Image.Image], Mapping[str, bool]]
+"""Number of a prompt and its picture -> what of it is as the prompt says."""
+
+
 class FailedCheckError(SideError):
     """The exact run is not repeatable, so there is nothing to measure by."""
 
@@ -62,6 +66,17 @@ def with_easycache(factor: float = 1.0) -> Callable[[Plan], Plan]:
         return replace(plan, stages=tuple(stages))
 
     return scale
+
+
+def without_middle_stages(plan: Plan) -> Plan:
+    """The first stage and the last."""
+    return without_easycache(replace(plan, stages=(plan.stages[0], *plan.stages[1:][-1:])))
+
+
+def last_stage_alone(plan: Plan) -> Plan:
+    """The last stage from pure noise, with the guidance of the first."""
+    last = replace(plan.stages[-1], denoise=1.0, cfg=plan.stages[0].cfg)
+    return without_easycache(replace(plan, stages=(last,)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +106,10 @@ OPTIONS = (
     Option(name="easycache", switch="easycache in the plan", plan=with_easycache()),
     Option(name="easycache x0.5", switch="thresholds x 0.5", plan=with_easycache(0.5)),
     Option(name="easycache x2", switch="thresholds x 2", plan=with_easycache(2)),
+    Option(
+        name="no middle stage", switch="stages left out of the plan", plan=without_middle_stages
+    ),
+    Option(name="last stage alone", switch="one stage in the plan", plan=last_stage_alone),
     Option(name="bfloat16", switch="--dtype bfloat16", engine={"dtype": "bfloat16"}),
     Option(name="float16", switch="--dtype float16", engine={"dtype": "float16"}),
     Option(name="fp8", switch="--quantize fp8", engine={"quantize": "fp8"}),
@@ -221,6 +240,7 @@ class Study:
         make_engine: Makes one with other arguments of `Engine.from_pretrained`.
         results: Where figures go.
         folder: Where pictures are saved; None saves none.
+        judge: Tells what is right about the picture of a prompt's number; None: nobody judges.
         say: Told what happens, a line at a time.
     """
 
@@ -235,12 +255,13 @@ class Study:
         results: Results,
         folder: Path | None,
         *,
+        judge: Judge | None = None,
         say: Callable[[str], None] = lambda line: print(f"--- {line}", flush=True),
     ) -> None:
         self._plan, self._exact_plan = plan, without_easycache(plan)
         self._options, self._prompts, self._seed = options, prompts, seed
         self._results, self._folder = results, folder
-        self._make_engine, self._say = make_engine, say
+        self._make_engine, self._say, self._judge = make_engine, say, judge
         self._exact = Painter(exact, prompts)
         self._firsts: list[Painting] = []
         self._cells: dict[tuple[int, str], Cell] = {}
@@ -397,6 +418,7 @@ class Study:
         )
 
     def _compare(self, ours: Painting, theirs: Painting) -> Found:
+        """Every stage that both have: an option may leave some out."""
         return {
             name: {
                 **compare_pictures(picture, theirs.pictures[name]),
@@ -406,9 +428,11 @@ class Study:
         }
 
     def _keep_exact(self, number: int, exact: Painting, other: Painting, exact_s: float) -> None:
-        self._results.data["exact"]["pictures"].append(
-            {"prompt": number, **self._save(exact, number, "exact")}
+        made = self._results.data["exact"]
+        made["pictures"].append(
+            {"prompt": number, **self._judged(exact, number), **self._save(exact, number, "exact")}
         )
+        _summarise_verdicts(made)
         pictures = self._other["pictures"]
         pictures.append(
             {
@@ -416,6 +440,7 @@ class Study:
                 "seconds": other.total_s,
                 "exact_seconds": exact_s,
                 "stages": self._compare(other, exact),
+                **self._judged(other, number),
                 **self._save(other, number, ANOTHER_SEED),
             }
         )
@@ -425,6 +450,7 @@ class Study:
         self._cells[number, ANOTHER_SEED] = _cell(other.pictures[last], reference, distances)
         self._other["time_ratio"] = _time_ratio(pictures)  # 1 but for what disturbs the clock
         self._other["stages"] = _summary_of_stages(pictures)
+        _summarise_verdicts(self._other)
 
     def _keep(self, option: Option, number: int, painting: Painting, exact_s: float) -> None:
         with self._withheld_if_it_fails(option):
@@ -445,6 +471,7 @@ class Study:
                 "exact_seconds": exact_s,
                 "skips": {name: list(counts) for name, counts in painting.skips.items()},
                 "stages": stages,
+                **self._judged(painting, number),
                 **self._save(painting, number, option.name),
             }
         )
@@ -454,9 +481,16 @@ class Study:
             for name in painting.skips
         }
         described["stages"] = _summary_of_stages(pictures)
+        _summarise_verdicts(described)
         last = self._plan.stages[-1].name
         cell = _cell(painting.pictures[last], exact.pictures[last], stages[last])
         self._cells[number, option.name] = cell
+
+    def _judged(self, painting: Painting, number: int) -> dict[str, dict[str, bool]]:
+        if self._judge is None:
+            return {}
+        last = self._plan.stages[-1].name
+        return {"judged": dict(self._judge(number, painting.pictures[last]))}
 
     def _save(self, painting: Painting, number: int, name: str) -> dict[str, str]:
         if self._folder is None:
@@ -469,6 +503,15 @@ class Study:
         if withheld is not None:
             return Cell(None, note=f"withheld: {withheld}")
         return self._cells.get((number, column), Cell(None, note="not made"))
+
+
+def _summarise_verdicts(described: Found) -> None:
+    """Share of the pictures of which each thing is right, if they were judged."""
+    verdicts = [one["judged"] for one in described["pictures"] if "judged" in one]
+    if verdicts:
+        described["judged"] = {
+            name: sum(verdict[name] for verdict in verdicts) / len(verdicts) for name in verdicts[0]
+        }
 
 
 def _give_back(device: torch.device) -> None:

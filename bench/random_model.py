@@ -102,7 +102,7 @@ SMALL = Size(
         ),
     ),
 )
-"""The built-in model's dimensions and small stages, to try the measurements out without a GPU."""
+"""A tiny model's dimensions and small stages, to try the measurements out without a GPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

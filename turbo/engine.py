@@ -247,8 +247,8 @@ class Engine:
 
         Args:
             path: A ComfyUI or diffusers folder or an all-in-one checkpoint; see `find_model_files`.
-                Without it and without files, the plan's, and if that has none the built-in small
-                model of random weights.
+                Without it and without files, the plan's, and if that has none the built-in
+                model, which paints coloured shapes.
             diffusion_model: The network's file; wins over what `path` holds.
             text_encoder: The text encoder's file.
             vae: The autoencoder's file.

@@ -46,7 +46,7 @@ class NativeImageGenerator:
     Args:
         model_path: A models folder (ComfyUI's or diffusers'), an all-in-one checkpoint, or, beside
             the two other files, the diffusion model's file. Without any of the three the plan's
-            files, and if it names none the built-in small model.
+            files, and if it names none the built-in model.
         vae_path: The autoencoder's file, if not found through `model_path`.
         clip_path: The text encoder's file, if not found through `model_path`.
         device: "auto", "cpu", "cuda" or "cuda:N"; "auto" takes the plan's.

@@ -71,7 +71,7 @@ class ModelSize:
 
 
 TINY = ModelSize(network=TINY_NETWORK, text_encoder=TINY_TEXT_ENCODER, autoencoder=TINY_AUTOENCODER)
-"""The built-in model's."""
+"""Those of `make_tiny_model`."""
 
 _ADALN_WIDTH = 256
 _TIME_FREQUENCIES = 256

@@ -6,10 +6,11 @@ import gc
 import json
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,8 +20,17 @@ from bench import quality
 from bench.picture_grid import WIDTH, Cell, Row, draw_grid
 from bench.pictures import compare_pictures, load_picture, shown, shown_difference
 from bench.quality import choose_options, read_prompts, table, title
-from bench.quality_study import OPTIONS, Study, _shares, with_easycache, without_easycache
+from bench.quality_study import (
+    OPTIONS,
+    Study,
+    _shares,
+    with_easycache,
+    without_easycache,
+    without_middle_stages,
+)
 from bench.results import read_results
+from tools.judging import judge_one
+from tools.scenes import held_out_prompts
 from turbo.engine import Engine
 from turbo.errors import BadInputError
 from turbo.plan import DEFAULT_PLAN, EasyCache, Plan, Stage, dump_plan
@@ -130,17 +140,65 @@ def test_the_table_has_a_line_for_every_option_and_stage(results: dict[str, Any]
     assert "nothing here is about Z-Image" not in title(results)
 
 
+def test_left_out_stages_are_compared_where_both_have_them(folder: Path, tmp_path: Path):
+    more = ("--prompts", "1", "--options", "last stage alone")
+    entry = run(folder, tmp_path / "r.json", *more)["options"]["last stage alone"]
+    assert [*entry["stages"]] == ["large"]
+    assert entry["settings"]["easycache"] == {}
+    engine = Engine.from_pretrained(folder / "model", device="cpu", dtype="float32")
+    prompt = read_prompts(None, 1)[0]
+    alone = replace(STAGES[1], denoise=1.0, cfg=2.0, easycache=None)
+    made = engine.generate(prompt, seed=42, plan=Plan(stages=(alone,))).image
+    assert load_picture(tmp_path / "r.json", entry["pictures"][0]).tobytes() == made.tobytes()
+
+
+def test_plans_without_a_middle_stage_keep_the_first_and_the_last():
+    made = without_middle_stages(DEFAULT_PLAN)
+    assert [stage.name for stage in made.stages] == ["stage1", "stage3"]
+    assert without_middle_stages(PLAN) == without_easycache(PLAN)
+
+
+def test_pictures_are_judged_by_what_the_prompts_say(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    more = ("--prompts", "2", "--options", "easycache", "--judge")
+    data = run(folder, tmp_path / "r.json", *more)
+    prompts = held_out_prompts(2)
+    assert data["configuration"]["prompts"] == [prompt for prompt, _ in prompts]
+    for name in ("exact", "easycache", "another seed"):
+        found = data["options"].get(name) or data[name.replace(" ", "_")]
+        for (_, scene), one in zip(prompts, found["pictures"]):
+            picture = np.asarray(load_picture(tmp_path / "r.json", one))
+            assert one["judged"] == asdict(judge_one(picture, scene))
+        shares = [one["judged"]["background"] for one in found["pictures"]]
+        assert found["judged"]["background"] == sum(shares) / 2
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert [line[0] for line in lines] == ["as", "exact", "easycache", "another"]
+
+
+def test_a_judge_and_prompts_of_ones_own_do_not_go_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert quality.main(["--judge", "--prompts-file", str(tmp_path / "p.txt")]) == 2
+    assert "--judge has prompts of its own" in capsys.readouterr().err
+
+
 def test_the_grid_has_a_row_for_each_prompt(folder: Path, results: dict[str, Any]):
     with Image.open(folder / "grid.png") as grid:
         assert grid.width > 4 * WIDTH
         assert grid.height > 2 * 2 * 256  # of 64 x 48 pixels, 192 wide
 
 
-def test_the_built_in_model_is_called_random(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_built_in_model_is_not_taken_for_z_image(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
     plan = write_plan(folder / "one.yaml", Plan(stages=(replace(STAGES[1], denoise=1.0),)))
     command = ["--plan", str(plan), "--prompts", "1", "--options", "easycache", "--device", "cpu"]
     assert quality.main(command) == 0
-    assert "of random weights, so nothing here is about Z-Image itself" in capsys.readouterr().out
+    assert (
+        "trained on coloured shapes, so nothing here is about Z-Image itself"
+        in capsys.readouterr().out
+    )
 
 
 def test_an_option_that_changes_nothing_is_identical(folder: Path, tmp_path: Path):
