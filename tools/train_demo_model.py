@@ -85,10 +85,10 @@ class Amounts:
 WHOLE = Amounts(
     autoencoder=Schedule(steps=1500, rate=2e-3, ema=0.99),
     decoder=Schedule(steps=250, rate=1e-3, ema=0.98),
-    network=Schedule(steps=2600, rate=1.5e-3, warm_up=100),
-    lora=Schedule(steps=250, rate=2e-3, warm_up=20, ema=0.98),
-    scenes=(6000, 1200, 200),
-    lora_scenes=(1200, 200, 8),
+    network=Schedule(steps=1500, rate=3e-3, warm_up=60, ema=0.995),
+    lora=Schedule(steps=150, rate=3e-3, warm_up=20, ema=0.98),
+    scenes=(6000, 600, 160),
+    lora_scenes=(640, 80, 8),
 )
 QUICK = Amounts(
     autoencoder=Schedule(steps=3, rate=2e-3),
