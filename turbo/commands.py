@@ -242,7 +242,7 @@ class _Need:
 
     @classmethod
     def of(cls, plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> _Need:
-        from turbo.components import Components
+        from turbo.components import Components, keep_stored
         from turbo.devices import free_bytes, pick_device
         from turbo.memory import count_outline, memory_plans, weight_dtypes
         from turbo.names import NETWORK
@@ -252,7 +252,8 @@ class _Need:
         device = pick_device(plan.model.device)
         kept = pick_quantization(plan.model.quantize, checkpoints[NETWORK].quantization, device)
         dtypes = weight_dtypes(plan.model.torch_dtype, plan.model.device)
-        outline = Components.outline(checkpoints, dtypes, kept)
+        keep = keep_stored(plan.model.quantize, kept)
+        outline = Components.outline(checkpoints, dtypes, kept, keep=keep)
         outline.network.compute_dtype = arithmetic_dtype(dtypes[NETWORK], device)
         need = count_outline(outline, plan)
         plans = memory_plans(need, plan.performance, device, free_bytes(device))
@@ -269,6 +270,9 @@ class _Need:
         }
         for component, count in self.need.weights.items():
             yield f"weights of {component}: {_size(count)}, from {held[component]}"
+            stored = self.need.of("low").weights[component]
+            if stored != count:
+                yield f"weights of {component} kept as in its file, memory low: {_size(stored)}"
         for stage, count in self.need.activations.items():
             yield f"largest activations of {stage}: {_size(count)}"
         yield f"largest activations of decode in tiles: {_size(self.need.tiled_decode)}"
@@ -287,6 +291,7 @@ class _Need:
         }
         return {
             "weights": self.need.weights,
+            "stored_weights": self.need.of("low").weights,
             "activations": self.need.activations,
             "tiled_decode": self.need.tiled_decode,
             "total": self.need.total,

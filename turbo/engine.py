@@ -35,7 +35,7 @@ from turbo.attention import AttentionChoice, AttentionTimes, measure_attention, 
 from turbo.cache_folder import default_cache_dir
 from turbo.checkpoint import Checkpoint
 from turbo.compile import CaptureReport
-from turbo.components import Components, component_dtypes
+from turbo.components import Components, component_dtypes, keep_stored
 from turbo.denoiser import Caption, is_unguided
 from turbo.devices import free_bytes
 from turbo.devices import pick_device as pick_device
@@ -259,7 +259,9 @@ class Engine:
                 With float16 the autoencoder works in float32, which float16 overflows.
             quantize: Keep the network's large matrices in 8 bits: "fp8", "int8" or
                 "int8-weight-only"; "none" not to; None: as the plan says, and as a file that
-                `turbo quantize` wrote has them. LoRAs are fused before.
+                `turbo quantize` wrote has them. LoRAs are fused before. With None, a GGUF or 8-bit
+                file is made into floats: layer by layer in the memory plan "low", which keeps it
+                as it is, and at loading in the others, to the same bits.
             plan: A plan or a plan file; None is the workflow's plan.
             strict_loras: Refuse a LoRA of which some keys fit nothing; one of which none fits
                 always is.
@@ -331,7 +333,8 @@ class Engine:
             device,
             dtype,
             kept,
-            plan.performance.attention if attention is None else attention,
+            keep=keep_stored(asked, kept),
+            attention=plan.performance.attention if attention is None else attention,
         )
         loader.seconds["find files"] = time.perf_counter() - begin
         loader.check(choices, strict_loras)
@@ -842,8 +845,9 @@ class Engine:
 
     def _fuse(self, choices: tuple[LoraChoice, ...], strict: bool) -> None:
         written = True  # as far as is known, should it fail
+        make_room = None if self._holding is None else self._holding.placement.loosen
         try:
-            written = self._fuser.fuse(choices, strict=strict)
+            written = self._fuser.fuse(choices, strict=strict, make_room=make_room)
         finally:
             if written:
                 self._captions.clear()
@@ -921,6 +925,8 @@ class _Loader:
         device: torch.device,
         dtype: torch.dtype,
         quantize: str | None,
+        *,
+        keep: Collection[str],
         attention: str,
     ) -> None:
         self.seconds: dict[str, float] = {}
@@ -930,7 +936,7 @@ class _Loader:
         compute_dtype = arithmetic_dtype(dtype, device)
 
         def outline() -> Components:
-            made = Components.outline(checkpoints, dtypes, quantize)
+            made = Components.outline(checkpoints, dtypes, quantize, keep=keep)
             made.network.compute_dtype = compute_dtype
             return made
 
@@ -974,7 +980,8 @@ class _Loader:
             plan = choose_memory(
                 self._made, self._plan, self._device, may_move_network=may_move_network
             )
-        placement = Placement(self._made.by_name(), self._device, self._fill)
+        made = self._made
+        placement = Placement(made.by_name(), self._device, self._fill, made.keepings)
         self._report = None if report is None else _Reports(report)
         try:
             plan = self._place(placement, plan)

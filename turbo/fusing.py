@@ -14,20 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from turbo.checkpoint import Checkpoint, WeightHolder, load_weight, native_weights
+from turbo.checkpoint import Checkpoint, Weight, WeightHolder, load_weight, native_weights
 from turbo.errors import LoraError
 from turbo.lora import Lora, Patch, apply_patches, match_lora, read_lora, require_match
 from turbo.model_files import resolve_lora
 from turbo.names import TEXT_ENCODER
 from turbo.quantize import QuantizedRows
+from turbo.stored import StoredRows
 
 FILES_KEPT = 4
 MAX_STRENGTH = 1e6
 
 Target = tuple[str, str]
 """(component, native tensor name)."""
+
+MakeRoom = Callable[[Mapping[str, Collection[str]]], set[Target]]
+"""Has the weights that LoRAs change (component -> native names) where these can be written, and no
+others for that reason; returns all whose memory is new. See `turbo.placement.Placement.loosen`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +114,19 @@ class LoraFuser:
         loras = [(choice, read_lora(choice.path, shapes_only=True)) for choice in choices]
         self._collect(loras, strict)
 
-    def fuse(self, choices: Sequence[LoraChoice], *, strict: bool = True) -> bool:
+    def fuse(
+        self,
+        choices: Sequence[LoraChoice],
+        *,
+        strict: bool = True,
+        make_room: MakeRoom | None = None,
+    ) -> bool:
         """Make the weights those of the checkpoint with `choices` applied in order.
 
         Args:
             choices: LoRAs; none restores the checkpoint's weights.
             strict: Refuse a LoRA of which some keys fit nothing; one of which none fits always is.
+            make_room: Called before weights are written; None: all can be written as they are.
 
         Returns:
             Whether any weight was written.
@@ -135,9 +146,9 @@ class LoraFuser:
             self._checkpoints[component].check_unchanged()
         self._note(None, strict, targets, [])
         try:
-            self._write(targets, patches)
+            self._write(targets | self._room_for(patches, make_room), patches)
         except BaseException:
-            self._write(targets, {})
+            self._write(targets | self._room_for((), make_room), {})
             self._note((), True, set(), [])
             raise
         described = [
@@ -186,6 +197,10 @@ class LoraFuser:
     def describe(self) -> list[dict[str, Any]]:
         """Name, strengths and content hash of each fused LoRA, ready for JSON."""
         return [dict(entry) for entry in self._described]
+
+    def _room_for(self, targets: Collection[Target], make_room: MakeRoom | None) -> set[Target]:
+        names = {part: {name for owner, name in targets if owner == part} for part in self._modules}
+        return set() if make_room is None else make_room(names)
 
     def _note(
         self,
@@ -248,11 +263,13 @@ def _read_version(path: Path, stamp: tuple[int, int]) -> Lora:
 def _write_weight(
     checkpoint: Checkpoint,
     name: str,
-    weight: Tensor | QuantizedRows,
+    weight: Weight,
     patches: Sequence[tuple[Patch, float]],
 ) -> None:
     if not patches:
         load_weight(checkpoint, name, weight)
+    elif isinstance(weight, StoredRows):
+        raise AssertionError(f"{name} is kept as its file stores it; a LoRA cannot be fused there")
     elif isinstance(weight, QuantizedRows):  # fused first: a patch changes a row's range
         base = torch.empty(weight.shape, device=weight.device)
         checkpoint.copy_into(name, base)

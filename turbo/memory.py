@@ -20,12 +20,13 @@ from torch.utils._pytree import tree_leaves
 
 from turbo.autoencoder import Autoencoder
 from turbo.checkpoint import Checkpoint
-from turbo.components import Components, component_dtypes
+from turbo.components import Components, component_dtypes, keep_stored
 from turbo.devices import free_bytes, pick_device, pick_dtype
 from turbo.errors import BadInputError
 from turbo.latent import STRIDE
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.placement import (
+    LOW,
     RESIDENT,
     RESIDENT_PLAN,
     STREAMED,
@@ -41,7 +42,7 @@ CAPTION_TOKENS = 64
 """Prompt length that the counts assume, in tokens: a paragraph."""
 VAE_TILE = 64
 """Latent positions a side of a tile when a picture is decoded in tiles."""
-MEMORY_PLANS = ("fast", "balanced", "low")
+MEMORY_PLANS = ("fast", "balanced", LOW)
 """From the largest and fastest to the smallest."""
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,13 @@ class MemoryNeed:
     """As `activations` has it for `decode`, in tiles."""
     streamed: dict[str, int] = field(default_factory=dict)
     """Component -> most bytes of its weights on the device at once while it is streamed."""
+    low: MemoryNeed | None = None
+    """The same where weights are kept as their files store them, as `low` does; the largest matrix
+    of floats made of them is among the activations. None: no file stores any in fewer bytes."""
+
+    def of(self, name: str) -> MemoryNeed:
+        """What the memory plan of that name needs."""
+        return self.low if self.low is not None and name == LOW else self
 
     @property
     def total(self) -> int:
@@ -71,6 +79,8 @@ class MemoryNeed:
 
     def peak(self, plan: MemoryPlan) -> int:
         """Most bytes on the device at once, as a memory plan holds the parts."""
+        if self.of(plan.name) is not self:
+            return self.of(plan.name).peak(plan)
         resident = {part for part, mode in plan.modes.items() if mode == RESIDENT}
         always = sum(self.weights[part] for part in resident)
 
@@ -104,9 +114,11 @@ class MemoryNeed:
         """
         if name == "fast":
             return RESIDENT_PLAN
+        if self.of(name) is not self:
+            return self.of(name).plan(name, device, free)
         text = STREAMED if device.type == "cpu" else WHOLE
         modes = {NETWORK: RESIDENT, TEXT_ENCODER: text, AUTOENCODER: RESIDENT}
-        if name == "low":
+        if name == LOW:
             modes = {NETWORK: WHOLE, TEXT_ENCODER: text, AUTOENCODER: WHOLE}
         for part in (TEXT_ENCODER, NETWORK):
             tried = MemoryPlan(name, dict(modes), is_tiled=True)
@@ -147,13 +159,30 @@ def count_memory(
     Raises:
         CheckpointError: The files do not hold what the component needs.
     """
-    return count_outline(Components.outline(checkpoints, dtypes, quantize), plan)
+    keep = keep_stored(None, quantize)
+    return count_outline(Components.outline(checkpoints, dtypes, quantize, keep=keep), plan)
 
 
 def count_outline(outline: Components, plan: Plan) -> MemoryNeed:
-    """`count_memory` of modules on the meta device."""
+    """`count_memory` of modules on the meta device, of which no matrix is kept as in its file."""
+    need = _count(outline, plan, keeps=False)
+    if not outline.keepings:
+        return need
+    for keeping in outline.keepings.values():
+        keeping.use(())
+    try:
+        return replace(need, low=_count(outline, plan, keeps=True))
+    finally:
+        for keeping in outline.keepings.values():
+            keeping.use(None)
+
+
+def _count(outline: Components, plan: Plan, *, keeps: bool) -> MemoryNeed:
     with torch.device("meta"):
         network, encoder = _shallow_network(outline.network), _shallow_encoder(outline.text_encoder)
+        shallow: dict[str, nn.Module] = {NETWORK: network, TEXT_ENCODER: encoder}
+        for part, keeping in outline.keepings.items() if keeps else ():
+            keeping.imitate(shallow[part])
         activations = {"prompt": _prompt_bytes(encoder)}
         activations |= {stage.name: _stage_bytes(network, stage) for stage in plan.stages}
         activations["decode"] = _decode_bytes(outline.autoencoder, plan)
@@ -208,7 +237,7 @@ def choose_memory(
         BadInputError: It does not fit; says by how many bytes, and which would.
     """
     asked = plan.performance
-    name = "low" if asked.enable_model_cpu_offload else asked.memory
+    name = LOW if asked.enable_model_cpu_offload else asked.memory
     free = free_bytes(device) if free is None else free
     weights = sum(map(_weight_bytes, outline.by_name().values()))
     if free is None or weights + roomy_activations(outline, plan) <= free:

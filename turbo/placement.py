@@ -6,6 +6,9 @@ are copied without waiting; the next block's copy runs while a block computes, a
 copied back. On a CPU they rest nowhere: their memory is given back, and they are read from the
 model's files again, which the system's page cache usually holds.
 
+Where a plan keeps weights as their files store them (`turbo.stored`), these are what rests, comes
+and goes; modules exchange their matrices when the plan changes, or LoRAs on them do.
+
 Weights that are absent are on the meta device, so whoever writes weights can tell. A part's
 parameters are exchanged as objects: nobody may keep them, or views of them, from one turn of work
 to the next.
@@ -22,13 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turbo.checkpoint import WeightHolder, native_weights
+from turbo.checkpoint import Weight, native_weights
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.quantize import QuantizedRows
+from turbo.stored import Keeping, StoredRows
 from turbo.text_encoder import TextEncoder
 from turbo.transformer import Transformer
 
 RESIDENT, WHOLE, STREAMED = "resident", "whole", "streamed"
+LOW = "low"
+"""The memory plan in which weights are also kept as their files store them, where that is less."""
 
 AT_ONCE = 2
 """Blocks of a streamed part that are on the device at a time: one at work, one on its way."""
@@ -54,6 +60,11 @@ class MemoryPlan:
     def moves(self) -> bool:
         """Whether any part is not always on the device."""
         return any(mode != RESIDENT for mode in self.modes.values())
+
+    @property
+    def keeps_stored(self) -> bool:
+        """Whether weights are kept as their files store them, where that is less."""
+        return self.name == LOW
 
 
 _ALL_RESIDENT = dict.fromkeys((NETWORK, TEXT_ENCODER, AUTOENCODER), RESIDENT)
@@ -108,6 +119,8 @@ class _Slot:
     """The parameter on the meta device."""
     has_padding: bool
     """Whether it holds values that no file has, which are 0."""
+    names: Sequence[str]
+    """Native names of what it holds."""
 
     def put(self, parameter: nn.Parameter) -> None:
         self.owner._parameters[self.name] = parameter
@@ -126,12 +139,15 @@ class _Group:
     """Parameters that come and go together."""
 
     slots: list[_Slot]
-    names: list[str]
-    """Native names of what they hold."""
     resting: list[nn.Parameter] | None = None
     """In host memory, beside a GPU."""
     coming: tuple[list[nn.Parameter], Any] | None = None
     """On the way to the device, and the event after the copy."""
+
+    @property
+    def names(self) -> list[str]:
+        """Native names of what they hold."""
+        return list(dict.fromkeys(name for slot in self.slots for name in slot.names))
 
     def put(self, parameters: Sequence[nn.Parameter]) -> None:
         for slot, parameter in zip(self.slots, parameters, strict=True):
@@ -150,16 +166,34 @@ class _Group:
 
 @dataclass(eq=False)
 class _Component:
-    base: _Group
+    module: nn.Module
+    base: _Group = field(init=False)
     """What is no block's."""
-    rings: list[list[_Group]]
-    blocks: dict[nn.Module, tuple[list[_Group], int]]
+    rings: list[list[_Group]] = field(init=False)
+    blocks: dict[nn.Module, tuple[list[_Group], int]] = field(init=False)
     """Block -> its ring and place there."""
+    keeps_stored: bool = False
+    """Whether weights are kept as their files store them."""
     mode: str | None = None
     """None: nothing is there."""
     depth: int = 0
     """How many have asked for it to be at work."""
     hooks: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.arrange()
+
+    def arrange(self) -> None:
+        """Find the places of the module's parameters, all of which must be absent."""
+        left = _slots(self.module)
+        self.rings, self.blocks = [], {}
+        for ring in blocks_of(self.module):
+            made: list[_Group] = []
+            self.rings.append(made)
+            for block in ring:
+                self.blocks[block.module] = made, len(made)
+                made.append(_Group([left.pop(parameter) for parameter in block.parameters]))
+        self.base = _Group(list(left.values()))
 
     @property
     def groups(self) -> list[_Group]:
@@ -177,13 +211,22 @@ class Placement:
         modules: Component -> module on the meta device, which is given its weights here.
         device: Where work is done.
         fill: Writes weights; see `Fill`.
+        keepings: Component -> which of its matrices can be kept as their file stores them.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], device: torch.device, fill: Fill) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        device: torch.device,
+        fill: Fill,
+        keepings: Mapping[str, Keeping] | None = None,
+    ) -> None:
         self._device = device
         self._fill = fill
         self._names = {module: component for component, module in modules.items()}
-        self._components = {name: _arrange(module) for name, module in modules.items()}
+        self._components = {name: _Component(module) for name, module in modules.items()}
+        self._keepings = keepings or {}
+        self._loose: dict[str, Collection[str]] = {}
         self._pins = device.type == "cuda"
         self._side: torch.cuda.Stream | None = None
 
@@ -194,8 +237,12 @@ class Placement:
         the others are as they were or as the plan says; it can be called again.
         """
         for component, part in self._components.items():
-            if part.mode != plan.modes[component]:
+            keeps_stored = plan.keeps_stored and component in self._keepings
+            if part.mode != plan.modes[component] or part.keeps_stored != keeps_stored:
                 self._leave(part)
+            if part.keeps_stored != keeps_stored:
+                part.keeps_stored = keeps_stored
+                self._exchange(component, part)
         absent = [name for name, part in self._components.items() if part.mode is None]
         if not absent:
             return
@@ -209,6 +256,47 @@ class Placement:
         """Make everything absent."""
         for part in self._components.values():
             self._leave(part)
+
+    def loosen(self, names: Mapping[str, Collection[str]]) -> set[tuple[str, str]]:
+        """Hold weights that LoRAs change in their module's dtype, and no others for that reason.
+
+        For when no part is at work. What is affected must be written again if it is not absent.
+
+        Args:
+            names: Component -> native names of what LoRAs change.
+
+        Returns:
+            (component, native name) of all weights whose memory is new.
+        """
+        fresh: set[tuple[str, str]] = set()
+        for component, part in self._components.items():
+            self._loose[component] = names.get(component, ())
+            if part.keeps_stored:
+                assert part.depth == 0
+                fresh |= {(component, name) for name in self._exchange(component, part)}
+        return fresh
+
+    def _exchange(self, component: str, part: _Component) -> set[str]:
+        """Have a module's matrices as they are to be kept; names of those whose memory is new."""
+        rested = {
+            (slot.owner, slot.name): parameter
+            for group in part.groups
+            for slot, parameter in zip(group.slots, group.resting or (), strict=False)
+        }
+        for group in part.groups:
+            group.clear()
+        self._keepings[component].use(self._loose.get(component, ()) if part.keeps_stored else None)
+        part.arrange()
+        fresh: set[str] = set()
+        for group in part.groups if rested else ():
+            made = [rested.get((slot.owner, slot.name)) for slot in group.slots]
+            for place, slot in enumerate(group.slots):
+                if made[place] is None:
+                    made[place] = slot.make("cpu", pinned=True)
+                    fresh.update(slot.names)
+            group.resting = [parameter for parameter in made if parameter is not None]
+            group.rest()
+        return fresh
 
     @property
     def held_bytes(self) -> int:
@@ -340,30 +428,16 @@ def _dropper(part: _Component) -> Callable[..., None]:
     return drop
 
 
-def _arrange(module: nn.Module) -> _Component:
-    slots = _slots(module)
-    names = _names_of(module)
-    groups: list[list[_Group]] = []
-    blocks: dict[nn.Module, tuple[list[_Group], int]] = {}
-    left = dict(slots)
-    for ring in blocks_of(module):
-        made: list[_Group] = []
-        groups.append(made)
-        for block in ring:
-            blocks[block.module] = made, len(made)
-            made.append(_group([left.pop(parameter) for parameter in block.parameters], names))
-    return _Component(_group(list(left.values()), names), groups, blocks)
-
-
-def _group(slots: list[_Slot], names: Mapping[int, Collection[str]]) -> _Group:
-    keys = [_key(slot.outline) for slot in slots]
-    return _Group(slots, list(dict.fromkeys(name for key in keys for name in names.get(key, ()))))
-
-
 def _slots(module: nn.Module) -> dict[nn.Parameter, _Slot]:
-    filled = _filled_values(module)
+    filled, names = _filled_values(module), _names_of(module)
     return {
-        parameter: _Slot(owner, name, parameter, filled.get(_key(parameter), 0) < parameter.numel())
+        parameter: _Slot(
+            owner,
+            name,
+            parameter,
+            filled.get(_key(parameter), 0) < parameter.numel(),
+            names.get(_key(parameter), ()),
+        )
         for owner in module.modules()
         for name, parameter in owner._parameters.items()
         if parameter is not None
@@ -373,7 +447,7 @@ def _slots(module: nn.Module) -> dict[nn.Parameter, _Slot]:
 def _names_of(module: Any) -> dict[int, list[str]]:
     """Storage -> native names of the weights in it."""
     names: dict[int, list[str]] = {}
-    for name, weight in _weights(module):
+    for name, weight in native_weights(module).items():
         for tensor in _tensors(weight):
             names.setdefault(_key(tensor), []).append(name)
     return names
@@ -382,17 +456,15 @@ def _names_of(module: Any) -> dict[int, list[str]]:
 def _filled_values(module: Any) -> dict[int, int]:
     """Storage -> how many of its values the files fill."""
     filled: dict[int, int] = {}
-    for _, weight in _weights(module):
+    for weight in native_weights(module).values():
         for tensor in _tensors(weight):
             filled[_key(tensor)] = filled.get(_key(tensor), 0) + tensor.numel()
     return filled
 
 
-def _weights(module: WeightHolder) -> Iterator[tuple[str, Tensor | QuantizedRows]]:
-    yield from native_weights(module).items()
-
-
-def _tensors(weight: Tensor | QuantizedRows) -> tuple[Tensor, ...]:
+def _tensors(weight: Weight) -> tuple[Tensor, ...]:
+    if isinstance(weight, StoredRows):
+        return weight.tensors
     return (weight.values, weight.scales) if isinstance(weight, QuantizedRows) else (weight,)
 
 
