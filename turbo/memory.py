@@ -273,6 +273,11 @@ def memory_plans(
     return {name: (plan, need.peak(plan)) for name, plan in tiled.items()}
 
 
+def nearest_plan(plans: Mapping[str, tuple[MemoryPlan, int]]) -> str:
+    """The name of the memory plan that needs least."""
+    return min(plans, key=lambda name: plans[name][1])
+
+
 def _tiled_as_asked(plan: MemoryPlan, asked: Performance) -> MemoryPlan:
     whole = asked.enable_model_cpu_offload and asked.memory == "auto"
     is_tiled = asked.enable_vae_tiling or (plan.is_tiled and not whole)
@@ -295,7 +300,12 @@ def _first_that_fits(
         if needed <= free:
             return plan
     fitting = [f"memory {each!r} would fit" for each in plans if plans[each][1] <= free]
-    hint = "no memory plan would; use 8-bit weights (quantize), bfloat16, or a smaller last stage"
+    nearest = nearest_plan(plans)
+    nearer = f", {nearest!r} comes nearest with {plans[nearest][1] - free} too few"
+    hint = (
+        f"no memory plan would{nearer * (nearest != tried[-1])}; use 8-bit weights (quantize), "
+        "bfloat16, or a smaller last stage"
+    )
     raise BadInputError(
         f"memory {tried[-1]!r} needs {needed} bytes on {device}, where {free} are free: "
         f"{needed - free} too few; {(fitting or [hint])[0]}"

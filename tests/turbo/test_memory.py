@@ -186,7 +186,8 @@ def test_auto_is_the_first_plan_that_fits_a_gpu(free: int, asked: str, chosen: s
     [
         (730, "auto", False, "'balanced' needs 735 bytes on cuda, where 730 are free: 5 too few"),
         (730, "fast", True, "memory 'low' would fit"),
-        (100, "auto", True, "no memory plan would; use 8-bit weights"),
+        (100, "auto", True, "15 too few; no memory plan would; use 8-bit weights"),
+        (100, "fast", True, "no memory plan would, 'low' comes nearest with 15 too few; use 8-bit"),
     ],
 )
 def test_what_does_not_fit_is_an_error_with_numbers(
