@@ -257,7 +257,7 @@ class _Need:
         keep = keep_stored(plan.model.quantize, kept)
         outline = Components.outline(checkpoints, dtypes, kept, keep=keep)
         outline.network.compute_dtype = arithmetic_dtype(dtypes[NETWORK], device)
-        need = count_outline(outline, plan)
+        need = count_outline(outline, plan, device)
         free = free_bytes(device)
         plans = memory_plans(need, plan.performance, device, free)
         return cls(outline, need, plans, device, free)

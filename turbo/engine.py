@@ -1008,7 +1008,7 @@ class _Loader:
         free = free_bytes(self._device)
         if free is not None:
             free += placement.held_bytes
-        need = count_outline(self._outline(), self._plan)
+        need = count_outline(self._outline(), self._plan, self._device)
         plan, _ = memory_plans(need, self._plan.performance, self._device, free)[name]
         return plan
 

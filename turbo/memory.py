@@ -35,6 +35,7 @@ from turbo.placement import (
     streamed_bytes,
 )
 from turbo.plan import Performance, Plan, Stage
+from turbo.quantize import QuantizedLinear
 from turbo.text_encoder import TextEncoder
 from turbo.transformer import PATCH, Transformer, padded_length
 
@@ -147,6 +148,7 @@ def count_memory(
     plan: Plan,
     dtypes: Mapping[str, torch.dtype],
     quantize: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> MemoryNeed:
     """Count what the components of `checkpoints` need for `plan`, reading only file headers.
 
@@ -155,34 +157,43 @@ def count_memory(
         plan: Gives the sizes.
         dtypes: Component -> dtype that its weights are to have in memory.
         quantize: How the network's large matrices are kept; None: in its dtype.
+        device: Where the work is done: products with 8 bits differ.
 
     Raises:
         CheckpointError: The files do not hold what the component needs.
     """
     keep = keep_stored(None, quantize)
-    return count_outline(Components.outline(checkpoints, dtypes, quantize, keep=keep), plan)
+    outline = Components.outline(checkpoints, dtypes, quantize, keep=keep)
+    return count_outline(outline, plan, device)
 
 
-def count_outline(outline: Components, plan: Plan) -> MemoryNeed:
+def count_outline(
+    outline: Components, plan: Plan, device: torch.device | str = "cpu"
+) -> MemoryNeed:
     """`count_memory` of modules on the meta device, of which no matrix is kept as in its file."""
-    need = _count(outline, plan, keeps=False)
+    need = _count(outline, plan, device, keeps=False)
     if not outline.keepings:
         return need
     for keeping in outline.keepings.values():
         keeping.use(())
     try:
-        return replace(need, low=_count(outline, plan, keeps=True))
+        return replace(need, low=_count(outline, plan, device, keeps=True))
     finally:
         for keeping in outline.keepings.values():
             keeping.use(None)
 
 
-def _count(outline: Components, plan: Plan, *, keeps: bool) -> MemoryNeed:
+def _count(
+    outline: Components, plan: Plan, device: torch.device | str, *, keeps: bool
+) -> MemoryNeed:
     with torch.device("meta"):
         network, encoder = _shallow_network(outline.network), _shallow_encoder(outline.text_encoder)
         shallow: dict[str, nn.Module] = {NETWORK: network, TEXT_ENCODER: encoder}
         for part, keeping in outline.keepings.items() if keeps else ():
             keeping.imitate(shallow[part])
+        for layer in network.modules():
+            if isinstance(layer, QuantizedLinear):
+                layer.counted_on = torch.device(device).type
         activations = {"prompt": _prompt_bytes(encoder)}
         activations |= {stage.name: _stage_bytes(network, stage) for stage in plan.stages}
         activations["decode"] = _decode_bytes(outline.autoencoder, plan)
@@ -244,7 +255,7 @@ def choose_memory(
         need = MemoryNeed({}, {})
         chosen = need.plan("fast" if name == "auto" else name, device)
     else:
-        plans = memory_plans(count_outline(outline, plan), asked, device, free)
+        plans = memory_plans(count_outline(outline, plan, device), asked, device, free)
         chosen = _first_that_fits(plans, name, device, free, may_move_network)
     chosen = _tiled_as_asked(chosen, asked)
     moved = [f"{part} {mode}" for part, mode in chosen.modes.items() if mode != RESIDENT]

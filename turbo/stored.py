@@ -28,8 +28,9 @@ EIGHT_BITS: Mapping[str, torch.dtype] = {
 }
 """Values that are a weight's when multiplied by a scale; 1 where the file has none."""
 
-_CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 23}
-"""Made into floats at a time: on a CPU what its caches hold, on a GPU what keeps it busy."""
+_CHUNK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 22}
+"""Made into floats at a time: on a CPU what its caches hold, on a GPU what keeps it busy; some ten
+bytes for each of these are there meanwhile, beside the matrix."""
 
 
 @dataclass(frozen=True, slots=True)
