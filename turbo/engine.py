@@ -46,7 +46,7 @@ from turbo.image_input import latent_of_image, require_picture
 from turbo.latent import STRIDE
 from turbo.memory import VAE_TILE as VAE_TILE
 from turbo.memory import choose_memory, count_outline, lower_plan, memory_plans
-from turbo.memory_errors import drop_frames, out_of_memory, phase
+from turbo.memory_errors import drop_frames, out_of_memory, phase, tried_again
 from turbo.model_files import ModelFiles, find_model_files
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.noise import MAX_SEED, check_seed
@@ -279,7 +279,8 @@ class Engine:
             memory: "fast", "balanced", "low" or "auto", as `Performance` explains them; None: as
                 the plan says. Which one it became is logged.
             allow_fallback: When memory runs out, try once more as the next smaller memory plan has
-                it, for this request alone; None: as the plan says.
+                it: in loading, which then holds for the engine, and in a request, for that one
+                alone; not in `warmup` and `set_loras`. None: as the plan says.
             on_progress: Called with (component, tensors read, tensors in all), from the threads
                 that read, one call at a time and a component after the other.
 
@@ -413,7 +414,7 @@ class Engine:
             return self._warm_up(_Meter(self.models.device), buckets, on_progress)
 
         with self._lock, self._current_device():
-            return self._within_memory(warm, may_fall_back=False)
+            return self._within_memory(warm, allow_fallback=None)
 
     def _warm_up(
         self, meter: _Meter, buckets: Sequence[int], on_progress: OnProgress | None
@@ -810,23 +811,27 @@ class Engine:
             self._holding.use(plan)
         self._install()
 
-    def _within_memory(self, make: Callable[[], _Result], may_fall_back: bool) -> _Result:
-        """Make pictures as the engine's memory plan says; if memory runs out, as the next does."""
+    def _within_memory(self, make: Callable[[], _Result], allow_fallback: bool | None) -> _Result:
+        """Make pictures as the engine's memory plan says; if memory runs out, as the next does.
+
+        `allow_fallback` is None where no other plan is tried in any case.
+        """
         plan = RESIDENT_PLAN if self._holding is None else self._holding.made
         lower = None if self._holding is None else lower_plan(plan.name)
-        result = self._attempt(make, plan, lower)
-        if isinstance(result, OutOfMemoryError) and may_fall_back and lower is not None:
+        result = self._attempt(make, plan)
+        if isinstance(result, OutOfMemoryError) and allow_fallback and lower is not None:
             assert self._holding is not None
-            logger.warning("%s; memory %r is tried", result, lower)
-            result = self._attempt(make, self._holding.named(lower), lower_plan(lower))
+            logger.warning("%s", tried_again(result, plan.name, lower))
+            plan = self._holding.named(lower)
+            lower = lower_plan(plan.name)
+            result = self._attempt(make, plan)
         if isinstance(result, OutOfMemoryError):
-            raise result
+            may_allow = allow_fallback is False
+            raise out_of_memory(result, plan.name, lower, may_allow_fallback=may_allow)
         return result
 
-    def _attempt(
-        self, make: Callable[[], _Result], plan: MemoryPlan, lower: str | None
-    ) -> _Result | OutOfMemoryError:
-        """What was made, or the error to raise; by then nothing holds what filled the memory."""
+    def _attempt(self, make: Callable[[], _Result], plan: MemoryPlan) -> _Result | OutOfMemoryError:
+        """What was made, or what happened; by then nothing holds what filled the memory."""
         try:
             self._hold(plan)
             with phase("sampling"):
@@ -836,7 +841,7 @@ class Engine:
             self._stages.clear()
             self.accelerator.clear()
             drop_frames(error)
-            return out_of_memory(error, plan.name, lower)
+            return OutOfMemoryError(str(error), error.phase)
 
     def _choose(self, loras: Sequence[Any], default_strength: float) -> tuple[LoraChoice, ...]:
         _require_list(loras)
@@ -990,17 +995,15 @@ class _Loader:
         return _Holding(placement, plan, plan, lambda name: self._named(placement, name))
 
     def _place(self, placement: Placement, plan: MemoryPlan) -> MemoryPlan:
-        lower = lower_plan(plan.name)
-        failed = _place(placement, plan, lower)
-        if failed is None:
-            return plan
-        if lower is None or not self._plan.performance.allow_fallback:
-            raise failed
-        logger.warning("%s; memory %r is tried", failed, lower)
-        plan = self._named(placement, lower)
-        failed = _place(placement, plan, lower_plan(lower))
+        lower, allowed = lower_plan(plan.name), self._plan.performance.allow_fallback
+        failed = _place(placement, plan)
+        if failed is not None and lower is not None and allowed:
+            logger.warning("%s", tried_again(failed, plan.name, lower))
+            plan = self._named(placement, lower)
+            lower = lower_plan(plan.name)
+            failed = _place(placement, plan)
         if failed is not None:
-            raise failed
+            raise out_of_memory(failed, plan.name, lower, may_allow_fallback=not allowed)
         return plan
 
     def _named(self, placement: Placement, name: str) -> MemoryPlan:
@@ -1047,15 +1050,15 @@ class _Reports:
                 return  # its next report comes before those of others
 
 
-def _place(placement: Placement, plan: MemoryPlan, lower: str | None) -> OutOfMemoryError | None:
-    """Place the weights; the error if memory ran out, and then none of them is there."""
+def _place(placement: Placement, plan: MemoryPlan) -> OutOfMemoryError | None:
+    """Place the weights; what happened if memory ran out, and then none of them is there."""
     try:
         with phase("loading"):
             placement.use(plan)
     except OutOfMemoryError as error:
         placement.clear()
         drop_frames(error)
-        return out_of_memory(error, plan.name, lower)
+        return OutOfMemoryError(str(error), error.phase)
     return None
 
 

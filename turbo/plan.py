@@ -251,7 +251,8 @@ class Performance:
     memory: str = "auto"
     """One of `MEMORY`."""
     allow_fallback: bool = False
-    """When memory runs out, try once more as the next smaller memory plan has it."""
+    """When memory runs out in loading or in a request, try once more as the next smaller memory
+    plan has it; the request after that one is as before."""
     enable_model_cpu_offload: bool = False
     """`low` without tiles: keep the parts that are not at work off the device."""
     enable_vae_slicing: bool = False

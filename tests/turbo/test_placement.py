@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,38 @@ def test_only_one_retry_is_made(model: Path, want: list[str], monkeypatch: pytes
             engine.generate("a cat", seed=7)
     assert bits(engine.generate("a cat", seed=7)) == want
     assert engine._memory.modes[TEXT_ENCODER] == RESIDENT
+
+
+def fail_always(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(owner, name, never)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("work", ["generate", "warmup", "load"])
+def test_allow_fallback_is_advised_where_it_is_off_and_would_help(
+    work: str, allowed: bool, model: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):  # fmt: skip
+    call: Callable[[], Any] = partial(load, model, allow_fallback=allowed)
+    if work == "load":
+        fail_always(monkeypatch, LoraFuser, "fill")
+    else:
+        engine = call()
+        fail_always(monkeypatch, turbo.engine, "run_stages")
+        call = engine.warmup if work == "warmup" else partial(engine.generate, "a cat")
+    with pytest.raises(OutOfMemoryError) as caught:
+        call()
+    is_tried = allowed and work != "warmup"
+    plan, lower = ("balanced", "low") if is_tried else ("fast", "balanced")
+    advised = ", or allow_fallback to have it tried by itself" * (not allowed and work != "warmup")
+    assert f"with memory '{plan}'; use memory '{lower}'{advised}; or use 8-bit" in str(caught.value)
+    tried = [line for line in caplog.messages if "is tried" in line]
+    assert len(tried) == is_tried
+    for line in tried:
+        assert line.endswith("with memory 'fast'; memory 'balanced' is tried (allow_fallback)")
 
 
 # Host memory.
