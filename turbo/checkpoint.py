@@ -48,6 +48,7 @@ from turbo.names import (
 )
 from turbo.quantize import METADATA_KEY, QUANTIZATIONS, QuantizedRows
 from turbo.scales import find_scales
+from turbo.stopping import Stop
 from turbo.stored import EIGHT_BITS, PLAIN, StoredPart, StoredRows
 
 _MAPPED_BYTES = 16 << 20
@@ -154,6 +155,8 @@ class Checkpoint:
         }
         self.quantization = _quantization_of(headers[0]) if component == NETWORK else None
         self._reader: _Reader | None = None
+        self.stop: Stop | None = None
+        """Ends what reads here when another thread asks, within a run of rows; None: nothing."""
 
     def copy_into(self, name: str, out: Tensor) -> None:
         """Copy one tensor into `out`, cast once from the file's dtype to that of `out`.
@@ -327,6 +330,8 @@ class Checkpoint:
 
     def _read(self, source: _Source, start: int, stop: int, *, as_stored: bool = False) -> Tensor:
         """Read rows of a file tensor, dequantised unless as stored, but not scaled."""
+        if self.stop is not None:
+            self.stop.check()
         try:
             reader = self._reader_for(source.file)
             return (reader.read_stored if as_stored else reader.read)(source, start, stop)

@@ -986,7 +986,9 @@ class _Loader:
                 self._made, self._plan, self._device, may_move_network=may_move_network
             )
         made = self._made
-        placement = Placement(made.by_name(), self._device, self._fill, made.keepings)
+        placement = Placement(
+            made.by_name(), self._device, self._fill, made.keepings, self.fuser.reading
+        )
         self._report = None if report is None else _Reports(report)
         try:
             plan = self._place(placement, plan)

@@ -7,7 +7,9 @@ drifts and whoever captured that storage stays valid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +23,7 @@ from turbo.lora import Lora, Patch, apply_patches, match_lora, read_lora, requir
 from turbo.model_files import resolve_lora
 from turbo.names import TEXT_ENCODER
 from turbo.quantize import QuantizedRows
+from turbo.stopping import Stop
 from turbo.stored import StoredRows
 
 FILES_KEPT = 4
@@ -28,6 +31,8 @@ MAX_STRENGTH = 1e6
 
 Target = tuple[str, str]
 """(component, native tensor name)."""
+
+_Patches = dict[Target, list[tuple[Patch, float]]]
 
 MakeRoom = Callable[[Mapping[str, Collection[str]]], set[Target]]
 """Has the weights that LoRAs change (component -> native names) where these can be written, and no
@@ -92,12 +97,15 @@ class LoraFuser:
         self._modules = modules
         self._checkpoints = checkpoints
         self._keep_files = keep_files
-        self._patches: dict[Target, list[tuple[Patch, float]]] | None = {}
+        self._patches: _Patches | None = {}
         self._read = lru_cache(maxsize=FILES_KEPT if keep_files else 0)(_read_version)
         self._fused: tuple[LoraChoice, ...] | None = ()  # None: not known, a write failed
         self._fused_strictly = True
         self._changed: set[Target] = set()
         self._described: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+        self._stops: list[Stop] = []
+        self._reread: _Patches | None = None
 
     def check(self, choices: Sequence[LoraChoice], *, strict: bool = True) -> None:
         """Refuse LoRAs that do not fit, by the headers of the files alone.
@@ -190,9 +198,37 @@ class LoraFuser:
         self._checkpoints[component].check_unchanged()
         self._write({(component, name) for name in names}, patches, on_progress)
 
-    def _collect_fused(self) -> dict[Target, list[tuple[Patch, float]]]:
-        loras = [(choice, self._read(choice.path, choice.stamp)) for choice in self._fused or ()]
-        return self._collect(loras, self._fused_strictly)
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Stop]:
+        """Have LoRA files that are not kept in memory read once for all that is filled within.
+
+        Gives what ends the filling of other threads at their next run of rows. May be entered
+        again within, where it gives the same.
+        """
+        with self._lock:
+            self._stops.append(self._stops[-1] if self._stops else Stop())
+            stop = self._stops[-1]
+            for checkpoint in self._checkpoints.values():
+                checkpoint.stop = stop
+        try:
+            yield stop
+        finally:
+            with self._lock:
+                self._stops.pop()
+                if not self._stops:
+                    self._reread = None
+                    for checkpoint in self._checkpoints.values():
+                        checkpoint.stop = None
+
+    def _collect_fused(self) -> _Patches:
+        with self._lock:
+            if self._reread is not None:
+                return self._reread
+            read = [(one, self._read(one.path, one.stamp)) for one in self._fused or ()]
+            collected = self._collect(read, self._fused_strictly)
+            if self._stops:
+                self._reread = collected
+            return collected
 
     def describe(self) -> list[dict[str, Any]]:
         """Name, strengths and content hash of each fused LoRA, ready for JSON."""
@@ -211,14 +247,13 @@ class LoraFuser:
     ) -> None:
         self._fused, self._fused_strictly = choices, strictly
         self._patches = {}
+        self._reread = None
         self._changed, self._described = changed, described
 
-    def _collect(
-        self, loras: Sequence[tuple[LoraChoice, Lora]], strict: bool
-    ) -> dict[Target, list[tuple[Patch, float]]]:
+    def _collect(self, loras: Sequence[tuple[LoraChoice, Lora]], strict: bool) -> _Patches:
         shapes = {name: self._checkpoints[name].shapes for name in self._modules}
         inert = {name: module.ignored_keys(shapes[name]) for name, module in self._modules.items()}
-        collected: dict[Target, list[tuple[Patch, float]]] = {}
+        collected: _Patches = {}
         for choice, lora in loras:
             match = match_lora(lora, shapes, inert)
             require_match(match, lora, strict=strict)
