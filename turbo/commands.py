@@ -292,7 +292,9 @@ class _Need:
         for name, (plan, peak) in self.plans.items():
             moved = [f"{part} {mode}" for part, mode in plan.modes.items() if mode != RESIDENT]
             how = ", ".join(moved or ["all resident"]) + ", decoded in tiles" * plan.is_tiled
-            yield f"memory {name}: {_size(peak)} at most on {self.device} ({how})"
+            host = self.need.host_bytes(plan, self.device)
+            beside = f", {_size(host)} of pinned host memory" * bool(host)
+            yield f"memory {name}: {_size(peak)} at most on {self.device}{beside} ({how})"
         if self.free is not None:
             yield f"free on {self.device} now: {_size(self.free)}"
         if self.nearest is not None:
@@ -303,7 +305,12 @@ class _Need:
     def as_json(self) -> dict[str, Any]:
         """The same for programs."""
         plans = {
-            name: {"peak": peak, "parts": dict(plan.modes), "tiled": plan.is_tiled}
+            name: {
+                "peak": peak,
+                "host": self.need.host_bytes(plan, self.device),
+                "parts": dict(plan.modes),
+                "tiled": plan.is_tiled,
+            }
             for name, (plan, peak) in self.plans.items()
         }
         return {

@@ -25,6 +25,7 @@ from turbo.devices import free_bytes, pick_device, pick_dtype
 from turbo.errors import BadInputError
 from turbo.latent import STRIDE
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
+from turbo.pinned import pinned_bytes
 from turbo.placement import (
     LOW,
     RESIDENT,
@@ -65,6 +66,8 @@ class MemoryNeed:
     """As `activations` has it for `decode`, in tiles."""
     streamed: dict[str, int] = field(default_factory=dict)
     """Component -> most bytes of its weights on the device at once while it is streamed."""
+    pinned: dict[str, int] = field(default_factory=dict)
+    """Component -> bytes of host memory that its weights take beside a GPU where they move."""
     low: MemoryNeed | None = None
     """The same where weights are kept as their files store them, as `low` does; the largest matrix
     of floats made of them is among the activations. None: no file stores any in fewer bytes."""
@@ -92,6 +95,13 @@ class MemoryNeed:
             return always + held[part] + activations
 
         return max(at_work(*each) for each in self._turns(plan))
+
+    def host_bytes(self, plan: MemoryPlan, device: torch.device) -> int:
+        """Host memory, pinned, that is held beside a device as a memory plan has it."""
+        if device.type != "cuda":
+            return 0
+        pinned = self.of(plan.name).pinned
+        return sum(pinned[part] for part, mode in plan.modes.items() if mode != RESIDENT)
 
     def _turns(self, plan: MemoryPlan) -> Iterator[tuple[str, int]]:
         for name, count in self.activations.items():
@@ -201,7 +211,8 @@ def _count(
     modules = outline.by_name()
     weights = {name: _weight_bytes(module) for name, module in modules.items()}
     streamed = {name: streamed_bytes(module) for name, module in modules.items()}
-    return MemoryNeed(weights, activations, tiled, streamed)
+    pinned = {name: pinned_bytes(list(module.parameters())) for name, module in modules.items()}
+    return MemoryNeed(weights, activations, tiled, streamed, pinned)
 
 
 def _shallow_network(network: Transformer) -> Transformer:

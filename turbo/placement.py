@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from turbo.checkpoint import Weight, native_weights
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
+from turbo.pinned import pinned_like
 from turbo.quantize import QuantizedRows
 from turbo.stopping import Stop, StoppedError
 from turbo.stored import Keeping, StoredRows
@@ -132,12 +133,12 @@ class _Slot:
     def put(self, parameter: nn.Parameter) -> None:
         self.owner._parameters[self.name] = parameter
 
-    def make(self, device: torch.device | str, *, pinned: bool = False) -> nn.Parameter:
+    def make(self, device: torch.device | str) -> nn.Parameter:
         new = torch.zeros if self.has_padding else torch.empty
         shape, dtype = self.outline.shape, self.outline.dtype
         # Made in inference mode, they could not be written outside it.
         with torch.inference_mode(mode=False):
-            values = new(shape, dtype=dtype, device=device, pin_memory=pinned)
+            values = new(shape, dtype=dtype, device=device)
             return nn.Parameter(values, requires_grad=False)
 
 
@@ -205,6 +206,10 @@ class _Component:
     @property
     def groups(self) -> list[_Group]:
         return [self.base, *(group for ring in self.rings for group in ring)]
+
+    @property
+    def slots(self) -> list[_Slot]:
+        return [slot for group in self.groups for slot in group.slots]
 
     @property
     def names(self) -> list[str]:
@@ -320,16 +325,15 @@ class Placement:
             group.clear()
         self._keepings[component].use(self._loose.get(component, ()) if part.keeps_stored else None)
         part.arrange()
-        fresh: set[str] = set()
-        for group in part.groups if rested else ():
-            made = [rested.get((slot.owner, slot.name)) for slot in group.slots]
-            for place, slot in enumerate(group.slots):
-                if made[place] is None:
-                    made[place] = slot.make("cpu", pinned=True)
-                    fresh.update(slot.names)
-            group.resting = [parameter for parameter in made if parameter is not None]
+        if not rested:
+            return set()
+        fresh = [slot for slot in part.slots if (slot.owner, slot.name) not in rested]
+        for slot, parameter in zip(fresh, _make_pinned(fresh), strict=True):
+            rested[slot.owner, slot.name] = parameter
+        for group in part.groups:
+            group.resting = [rested[slot.owner, slot.name] for slot in group.slots]
             group.rest()
-        return fresh
+        return {name for slot in fresh for name in slot.names}
 
     @property
     def held_bytes(self) -> int:
@@ -392,10 +396,10 @@ class Placement:
 
     def _read(self, component: str, part: _Component, stop: Stop, *, resident: bool) -> None:
         """Fill all of a component, on the device or where it rests beside a GPU."""
-        device = self._device if resident else torch.device("cpu")
+        rested = iter(() if resident else _make_pinned(part.slots, stop.check))
         for group in part.groups:
             stop.check()
-            made = [slot.make(device, pinned=not resident) for slot in group.slots]
+            made = [slot.make(self._device) if resident else next(rested) for slot in group.slots]
             group.put(made)
             group.resting = None if resident else made
         self._fill(component, part.names)
@@ -461,6 +465,18 @@ def _dropper(part: _Component) -> Callable[..., None]:
         ring[place].rest()
 
     return drop
+
+
+def _make_pinned(
+    slots: Sequence[_Slot], check: Callable[[], None] = lambda: None
+) -> list[nn.Parameter]:
+    """Parameters in pinned host memory, where those with padding are zeros."""
+    with torch.inference_mode(mode=False):
+        made = pinned_like([slot.outline.detach() for slot in slots], check)
+        for slot, values in zip(slots, made, strict=True):
+            if slot.has_padding:
+                values.zero_()
+        return [nn.Parameter(values, requires_grad=False) for values in made]
 
 
 def _on_stream_of_caller(

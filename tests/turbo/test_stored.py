@@ -20,7 +20,7 @@ from tests.turbo.gguf_model import convert, random_blocks, write_gguf
 from tests.turbo.test_engine import PLAN, bits
 from tests.turbo.test_placement import ALL_STREAMED
 from tests.turbo.test_scales import quantise
-from turbo import pipeline
+from turbo import pinned, pipeline
 from turbo.checkpoint import load_weight, native_weights, open_file
 from turbo.components import Components
 from turbo.engine import Engine
@@ -28,7 +28,7 @@ from turbo.fusing import LoraFuser
 from turbo.memory import count_outline, weight_dtypes
 from turbo.model_files import find_model_files
 from turbo.names import NETWORK
-from turbo.placement import LOW, MemoryPlan, Placement, _Slot
+from turbo.placement import LOW, MemoryPlan, Placement
 from turbo.stored import PLAIN, StoredLinear, StoredPart
 from turbo.testing import TINY, ModelSize, make_model
 from turbo.text_encoder import TextEncoder
@@ -310,8 +310,7 @@ def test_a_model_of_floats_keeps_nothing(tmp_path: Path):
 def test_what_rests_is_exchanged_matrix_by_matrix_for_a_lora(
     folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ):
-    make = _Slot.make
-    monkeypatch.setattr(_Slot, "make", lambda slot, device, pinned=False: make(slot, device))
+    monkeypatch.setattr(pinned, "_new_buffer", lambda size: torch.empty(size, dtype=torch.uint8))
     checkpoints = find_model_files(folders["gguf"]).open()
     outline = Components.outline(checkpoints, weight_dtypes("bfloat16", "cpu"))
     fuser = LoraFuser(outline.by_name(), checkpoints)
