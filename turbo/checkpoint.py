@@ -3,7 +3,7 @@
 Safetensors files are memory-mapped. A touched page of a mapping counts as resident memory while the
 mapping lives, so a file is mapped anew after every `_MAPPED_BYTES` that were read, and large
 tensors are read in runs of rows: the peak is the weights' own size plus about that much. What is
-quantised in a file is made into floats run by run on the way, in float32.
+quantised in a file is made into floats run by run on the way, in float32, or copied as it is.
 """
 
 from __future__ import annotations

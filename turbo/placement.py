@@ -281,9 +281,11 @@ class Placement:
             while waiting:  # in short waits: one without end may not hear of Ctrl-C
                 done, waiting = wait(waiting, HEEDED_S, FIRST_EXCEPTION)
                 if any(each.exception() is not None for each in done):
-                    break
-        finally:
+                    stop.ask()
+        except BaseException:
             stop.ask()
+            raise
+        finally:
             pool.shutdown()
         errors = [error for each in entered if (error := each.exception()) is not None]
         for error in errors:

@@ -244,7 +244,8 @@ class Performance:
 
     `fast` keeps everything on the device. `balanced` has the text encoder there only while it works
     and decodes in tiles. `low` has each part there only while it works, block by block where the
-    part alone is too large, and decodes in tiles. Parts rest in host memory; beside a CPU they are
+    part alone is too large, and decodes in tiles; what GGUF or 8-bit files hold stays as it is
+    there, and is made into floats layer by layer. Parts rest in host memory; beside a CPU they are
     read from their files again. `auto` is the first of these that fits a GPU, on a CPU `fast`.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from tests.turbo.test_placement import ALL_STREAMED
 from tests.turbo.test_scales import quantise
 from turbo import pinned, pipeline
 from turbo.checkpoint import load_weight, native_weights, open_file
+from turbo.cli import main
 from turbo.components import Components
 from turbo.engine import Engine
 from turbo.fusing import LoraFuser
@@ -265,6 +267,36 @@ def test_loras_on_what_is_kept_come_and_go_bit_for_bit(model: Path, lora: Path):
     assert isinstance(network.get_submodule("layers.0.attention.out"), StoredLinear)
     loaded = load(model, loras=[(lora, 0.5)])
     assert bits(loaded.generate("a cat", seed=7)) == changed
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_compiled_blocks_take_what_is_kept_and_what_a_lora_changes(
+    folders: Mapping[str, Path], lora: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Traced, and run as it was traced.
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs, **_: graph)
+    plan = replace(PLAN, stages=PLAN.stages[:1])
+    fast, low = (
+        load(folders["gguf"], memory, plan=plan, compile=True, cache_dir=None)
+        for memory in ("fast", "low")
+    )
+    for loras in ([], [(lora, 0.5)], []):
+        want = fast.generate("a cat", seed=7, loras=loras)
+        assert bits(low.generate("a cat", seed=7, loras=loras)) == bits(want)
+    assert low.counters.compilations > 0
+    torch.compiler.reset()
+
+
+def test_a_plan_prints_what_is_kept(
+    folders: Mapping[str, Path], capsys: pytest.CaptureFixture[str]
+):
+    assert main(["plan", "--model", str(folders["gguf"]), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    sizes = re.findall(r"# weights of network: ([\d.]+) MiB, from .*\n# weights of network kept "
+                       r"as in its file, memory low: ([\d.]+) MiB\n", out)  # fmt: skip
+    ((whole, kept),) = sizes
+    assert float(kept) < 0.5 * float(whole)  # of float32
+    assert "# weights of autoencoder kept" not in out
 
 
 def test_a_fallback_to_low_keeps_the_file_and_goes_back(
