@@ -786,6 +786,11 @@ class Engine:
         holding = self._holding
         return RESIDENT_PLAN if holding is None else holding.now or holding.made
 
+    @property
+    def _modes(self) -> Mapping[str, str | None]:
+        holding = self._holding
+        return RESIDENT_PLAN.modes if holding is None else holding.placement.modes
+
     def _is_tiled(self, performance: Performance) -> bool:
         return performance.enable_vae_tiling or self._memory.is_tiled
 
@@ -799,7 +804,7 @@ class Engine:
             TEXT_ENCODER: self.models.text_encoder,
             AUTOENCODER: self.models.autoencoder,
         }
-        still = [modules[part] for part, mode in self._memory.modes.items() if mode in bears]
+        still = [modules[part] for part, mode in self._modes.items() if mode in bears]
         self.accelerator.install(self.models, still)
 
     def _hold(self, plan: MemoryPlan) -> None:
@@ -851,12 +856,16 @@ class Engine:
     def _fuse(self, choices: tuple[LoraChoice, ...], strict: bool) -> None:
         written = True  # as far as is known, should it fail
         make_room = None if self._holding is None else self._holding.placement.loosen
+        modes = self._modes
         try:
             written = self._fuser.fuse(choices, strict=strict, make_room=make_room)
         finally:
             if written:
                 self._captions.clear()
                 self._stages.clear()
+            if self._modes != modes:
+                self.accelerator.clear()
+                self._install()
 
     def _require_finite(self, finite: dict[str, Tensor]) -> None:
         """One read-back for all stages; the first bad one is named."""

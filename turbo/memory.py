@@ -125,8 +125,14 @@ class MemoryNeed:
         """
         if name == "fast":
             return RESIDENT_PLAN
-        if self.of(name) is not self:
-            return self.of(name).plan(name, device, free)
+        need = self.of(name)
+        if need is self:
+            return self._plan(name, device, free)
+        # A LoRA may change every matrix, so with one that is counted as if none were kept.
+        loose = self._plan(name, device, free).modes
+        return replace(need._plan(name, device, free), loose_modes=loose)
+
+    def _plan(self, name: str, device: torch.device, free: int | None) -> MemoryPlan:
         text = STREAMED if device.type == "cpu" else WHOLE
         modes = {NETWORK: RESIDENT, TEXT_ENCODER: text, AUTOENCODER: RESIDENT}
         if name == LOW:

@@ -296,6 +296,10 @@ class Keeping:
         """Whether any matrix can be kept."""
         return bool(self._swaps)
 
+    def has(self, names: Collection[str]) -> bool:
+        """Whether a weight of these native names is in a matrix that can be kept."""
+        return not all(swap.names.isdisjoint(names) for swap in self._swaps)
+
     def use(self, loose: Collection[str] | None) -> None:
         """Keep all matrices that can be, but those of some weights.
 

@@ -30,7 +30,7 @@ from turbo.fusing import LoraFuser
 from turbo.memory import count_outline, weight_dtypes
 from turbo.model_files import find_model_files
 from turbo.names import NETWORK
-from turbo.placement import LOW, MemoryPlan, Placement
+from turbo.placement import LOW, STREAMED, WHOLE, MemoryPlan, Placement
 from turbo.stored import PLAIN, StoredLinear, StoredPart
 from turbo.testing import TINY, ModelSize, make_model
 from turbo.text_encoder import TextEncoder
@@ -267,6 +267,28 @@ def test_loras_on_what_is_kept_come_and_go_bit_for_bit(model: Path, lora: Path):
     assert isinstance(network.get_submodule("layers.0.attention.out"), StoredLinear)
     loaded = load(model, loras=[(lora, 0.5)])
     assert bits(loaded.generate("a cat", seed=7)) == changed
+
+
+def test_a_network_that_fits_whole_as_it_is_kept_is_streamed_while_a_lora_is_on(
+    folders: Mapping[str, Path], lora: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fast = load(folders["gguf"], "fast")
+    outline = Components.outline(
+        find_model_files(folders["gguf"]).open(), weight_dtypes("bfloat16", "cpu")
+    )
+    need = count_outline(outline, PLAN)
+    assert need.low is not None
+    kept = need.low.weights[NETWORK] + max(need.low.activations.values())
+    plan = need.plan(LOW, CPU, free=kept)
+    assert plan.modes[NETWORK] == WHOLE
+    monkeypatch.setattr(turbo.engine, "choose_memory", lambda *_, **__: plan)
+    engine = load(folders["gguf"])
+    holding = engine._holding
+    assert holding is not None
+    for loras, mode in (([], WHOLE), ([(lora, 0.5)], STREAMED), ([], WHOLE)):
+        want = bits(fast.generate("a cat", seed=7, loras=loras))
+        assert bits(engine.generate("a cat", seed=7, loras=loras)) == want
+        assert holding.placement.modes[NETWORK] == mode
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
