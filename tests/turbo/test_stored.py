@@ -167,6 +167,29 @@ def test_floats_and_what_only_the_package_reads_are_not_kept(tmp_path: Path):
         assert open_file(NETWORK, path).stored(PAD) is None
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_parts_in_8_bits_that_a_file_has_apart_keep_scales_of_their_own(
+    scaled: bool, tmp_path: Path
+):
+    draws = torch.Generator().manual_seed(2)
+    tensors = {PAD: torch.ones(1, 64)}
+    for letter, scale in zip("qkv", (torch.tensor(0.3), torch.rand(8, 1), torch.rand(1))):
+        name = f"layers.0.attention.to_{letter}"
+        tensors[f"{name}.weight"] = torch.randn(8, 64, generator=draws).to(torch.float8_e4m3fn)
+        if scaled:
+            tensors[f"{name}.weight_scale"] = scale
+    save_file(tensors, tmp_path / "fp8.safetensors")
+    checkpoint = open_file(NETWORK, tmp_path / "fp8.safetensors")
+    parts = checkpoint.stored(QKV)
+    assert parts is not None
+    assert [part.scales for part in parts] == ([1, 8, 1] if scaled else [1, 1, 1])
+    made = linear(24, *zip((0, 8, 16), parts), columns=64)
+    load_weight(checkpoint, QKV, made.rows())
+    expected = torch.empty(24, 64, dtype=torch.bfloat16)
+    checkpoint.copy_into(QKV, expected)
+    assert torch.equal(made.weight_in(torch.bfloat16), expected)
+
+
 def test_some_rows_are_a_view_that_can_be_made_into_floats():
     made = linear(6, (0, StoredPart("I8", 3, 200, scales=1)), (3, StoredPart(PLAIN, 3, 256)))
     made.values[0].fill_(2)
