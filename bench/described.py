@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from turbo.checkpoint import native_weights
 from turbo.components import Components
 from turbo.pipeline import Models
-from turbo.quantize import QuantizedRows
 
 SAMPLED_VALUES = 1024
 """Of a tensor, that go into a fingerprint."""
@@ -35,7 +36,7 @@ def fingerprint(models: Models) -> str:
     digest = hashlib.sha256()
     for component, module in _modules(models).items():
         for name, weight in sorted(native_weights(module).items()):
-            tensor = weight.dequantize() if isinstance(weight, QuantizedRows) else weight
+            tensor = weight if isinstance(weight, Tensor) else weight.dequantize()
             step = max(1, tensor.numel() // SAMPLED_VALUES)
             values = tensor.detach().reshape(-1)[::step].float().cpu().numpy().tobytes()
             shape = "x".join(map(str, tensor.shape))

@@ -3,7 +3,7 @@
 Safetensors files are memory-mapped. A touched page of a mapping counts as resident memory while the
 mapping lives, so a file is mapped anew after every `_MAPPED_BYTES` that were read, and large
 tensors are read in runs of rows: the peak is the weights' own size plus about that much. What is
-quantised in a file is made into floats run by run on the way, in float32.
+quantised in a file is made into floats run by run on the way, in float32, or copied as it is.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from turbo import gguf_file
 from turbo.errors import CheckpointError
+from turbo.gguf_blocks import BLOCKS
 from turbo.header import (
     Header,
     TensorEntry,
@@ -47,6 +48,8 @@ from turbo.names import (
 )
 from turbo.quantize import METADATA_KEY, QUANTIZATIONS, QuantizedRows
 from turbo.scales import find_scales
+from turbo.stopping import Stop
+from turbo.stored import EIGHT_BITS, PLAIN, StoredPart, StoredRows
 
 _MAPPED_BYTES = 16 << 20
 _CHUNK_BYTES = 8 << 20
@@ -100,6 +103,18 @@ class QuantizedHolder(WeightHolder, Protocol):
         """Views into the module's storage by native name; none of these is a native tensor."""
 
 
+@runtime_checkable
+class StoredHolder(WeightHolder, Protocol):
+    """A module some of whose weights may be kept as their files store them."""
+
+    def stored_rows(self) -> Mapping[str, StoredRows]:
+        """Views into the module's storage by native name; none of these is a native tensor."""
+
+
+Weight = Tensor | QuantizedRows | StoredRows
+"""Where a module has a weight: views into its storage."""
+
+
 class Checkpoint:
     """One component's tensors under native names, whatever file layout they come from.
 
@@ -142,6 +157,8 @@ class Checkpoint:
         }
         self.quantization = _quantization_of(headers[0]) if component == NETWORK else None
         self._reader: _Reader | None = None
+        self.stop: Stop | None = None
+        """Ends what reads here when another thread asks, within a run of rows; None: nothing."""
 
     def copy_into(self, name: str, out: Tensor) -> None:
         """Copy one tensor into `out`, cast once from the file's dtype to that of `out`.
@@ -179,6 +196,39 @@ class Checkpoint:
             rows = source.entry.shape[0]
             self._quantize_source(source, out.narrow(0, row, rows))
             row += rows
+
+    def stored(self, name: str) -> tuple[StoredPart, ...] | None:
+        """How the files hold a matrix that `store_into` can copy as it stands there.
+
+        Args:
+            name: Native name, a key of `shapes`.
+
+        Returns:
+            A part for each of the file's tensors, in row order; None for what is no matrix, is in
+            floats already, or in a quantisation that is made into floats at loading alone.
+        """
+        sources = self._sources[name]
+        if any(len(source.entry.shape) != 2 for source in sources):
+            return None
+        parts = tuple(_stored_part(source) for source in sources)
+        return parts if any(part.kind != PLAIN for part in parts) else None
+
+    def store_into(self, name: str, out: StoredRows) -> None:
+        """Copy one matrix as the files hold it.
+
+        Args:
+            name: Native name, for which `stored` gives parts.
+            out: Made for these parts; written in place.
+
+        Raises:
+            CheckpointError: The file holds no such tensor, or has changed or become unreadable.
+        """
+        self._require_shape(name, out.shape)
+        for source, piece in zip(self._sources[name], out.pieces, strict=True):
+            if piece.part.kind == PLAIN:
+                self._copy_source(source, piece.values)
+            else:
+                self._store_source(source, piece.values, piece.scales)
 
     def _require_shape(self, name: str, shape: Sequence[int]) -> None:
         if name not in self.shapes:
@@ -259,6 +309,15 @@ class Checkpoint:
                 self._copy_rows(source, scale, start, stop, wide)
                 run.quantize(wide)
 
+    @torch.no_grad()
+    def _store_source(self, source: _Source, values: Tensor, scales: Tensor | None) -> None:
+        if scales is not None:
+            scale = torch.ones(1, 1) if source.scale is None else self._read_scale(source.scale)
+            scales.copy_(scale)
+        for start, stop in _row_chunks(source):
+            rows = self._read(source, start, stop, as_stored=True)
+            values[start:stop].copy_(rows)
+
     def _read_scale(self, source: _Source) -> Tensor:
         """A weight's scale as a float32 column, of one row or as many as the weight has."""
         scale = self._read(source, 0, source.entry.shape[0] if source.entry.shape else 1)
@@ -271,10 +330,13 @@ class Checkpoint:
             )
         return scale
 
-    def _read(self, source: _Source, start: int, stop: int) -> Tensor:
-        """Read rows of a file tensor, dequantised but not scaled."""
+    def _read(self, source: _Source, start: int, stop: int, *, as_stored: bool = False) -> Tensor:
+        """Read rows of a file tensor, dequantised unless as stored, but not scaled."""
+        if self.stop is not None:
+            self.stop.check()
         try:
-            return self._reader_for(source.file).read(source, start, stop)
+            reader = self._reader_for(source.file)
+            return (reader.read_stored if as_stored else reader.read)(source, start, stop)
         except (SafetensorError, OSError) as error:
             path = self.files[source.file]
             raise CheckpointError(
@@ -301,6 +363,9 @@ class _Reader(Protocol):
     def read(self, source: _Source, start: int, stop: int) -> Tensor:
         """Rows start..stop of a file tensor."""
 
+    def read_stored(self, source: _Source, start: int, stop: int) -> Tensor:
+        """The same as the file holds them: in 8 bits, or as bytes of blocks."""
+
 
 class _SafetensorsReader:
     """One mapping of one file, and how much of it was touched."""
@@ -318,6 +383,8 @@ class _SafetensorsReader:
         self.touched += values.numel() * values.element_size()
         return values
 
+    read_stored = read
+
 
 class _GgufReader:
     """One file that is opened for each run of rows, so that nothing stays open or mapped."""
@@ -331,6 +398,11 @@ class _GgufReader:
         values = gguf_file.read_rows(self._path, source.entry, start, stop)
         self.touched += values.numel() * values.element_size()
         return values if source.entry.shape else values[0]
+
+    def read_stored(self, source: _Source, start: int, stop: int) -> Tensor:
+        blocks = gguf_file.read_blocks(self._path, source.entry, start, stop)
+        self.touched += blocks.numel()
+        return blocks
 
 
 _READERS: Mapping[str, Callable[[int, Path], _Reader]] = {
@@ -434,15 +506,21 @@ def load_weights(
     checkpoint.release()
 
 
-def native_weights(module: WeightHolder) -> dict[str, Tensor | QuantizedRows]:
-    """All of a module's weights by native name, those of 8 bits among them."""
+def native_weights(module: WeightHolder) -> dict[str, Weight]:
+    """All of a module's weights by native name, those that are no floats among them."""
     quantized = module.quantized_rows() if isinstance(module, QuantizedHolder) else {}
-    return {**module.native_tensors(), **quantized}
+    stored = module.stored_rows() if isinstance(module, StoredHolder) else {}
+    return {**module.native_tensors(), **quantized, **stored}
 
 
-def load_weight(checkpoint: Checkpoint, name: str, out: Tensor | QuantizedRows) -> None:
-    """Copy one weight into a module's storage; see `Checkpoint.copy_into` and `quantize_into`."""
-    if isinstance(out, QuantizedRows):
+def load_weight(checkpoint: Checkpoint, name: str, out: Weight) -> None:
+    """Copy one weight into a module's storage, as floats, in 8 bits or as it is in the file.
+
+    See `Checkpoint.copy_into`, `quantize_into` and `store_into`.
+    """
+    if isinstance(out, StoredRows):
+        checkpoint.store_into(name, out)
+    elif isinstance(out, QuantizedRows):
         checkpoint.quantize_into(name, out)
     else:
         checkpoint.copy_into(name, out)
@@ -584,6 +662,15 @@ def _readable(header: Header, key: str) -> TensorEntry:
     if header.format == gguf_file.FORMAT and is_pad_token(key) and len(entry.shape) == 1:
         return replace(entry, shape=(1, *entry.shape))
     return entry
+
+
+def _stored_part(source: _Source) -> StoredPart:
+    rows, columns = source.entry.shape
+    kind = source.entry.dtype
+    if kind in EIGHT_BITS:
+        count = 1 if source.scale is None else math.prod(source.scale.entry.shape)
+        return StoredPart(kind, rows, columns, scales=count)
+    return StoredPart(kind if kind in BLOCKS else PLAIN, rows, columns)
 
 
 def _row_chunks(source: _Source) -> list[tuple[int, int]]:

@@ -321,8 +321,8 @@ def _add_memory(parser: Any) -> None:
         "--memory",
         metavar="|".join(MEMORY),
         choices=MEMORY,
-        help="fast keeps all on the device, balanced moves the text encoder out, low every part; "
-        "auto (default): the first that fits",
+        help="fast keeps all on the device, balanced moves the text encoder out, low every part "
+        "and keeps GGUF and 8-bit files as they are; auto (default): the first that fits",
     )
 
 

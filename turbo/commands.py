@@ -264,10 +264,12 @@ class _Need:
     plans: dict[str, tuple[MemoryPlan, int]]
     """Name -> how the parts are held, and the peak."""
     device: torch.device
+    free: int | None
+    """Bytes that the device has free; None where that cannot be told."""
 
     @classmethod
     def of(cls, plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> _Need:
-        from turbo.components import Components
+        from turbo.components import Components, keep_stored
         from turbo.devices import free_bytes, pick_device
         from turbo.memory import count_outline, memory_plans, weight_dtypes
         from turbo.names import NETWORK
@@ -277,11 +279,22 @@ class _Need:
         device = pick_device(plan.model.device)
         kept = pick_quantization(plan.model.quantize, checkpoints[NETWORK].quantization, device)
         dtypes = weight_dtypes(plan.model.torch_dtype, plan.model.device)
-        outline = Components.outline(checkpoints, dtypes, kept)
+        keep = keep_stored(plan.model.quantize, kept)
+        outline = Components.outline(checkpoints, dtypes, kept, keep=keep)
         outline.network.compute_dtype = arithmetic_dtype(dtypes[NETWORK], device)
-        need = count_outline(outline, plan)
-        plans = memory_plans(need, plan.performance, device, free_bytes(device))
-        return cls(outline, need, plans, device)
+        need = count_outline(outline, plan, device)
+        free = free_bytes(device)
+        plans = memory_plans(need, plan.performance, device, free)
+        return cls(outline, need, plans, device, free)
+
+    @property
+    def nearest(self) -> tuple[str, int] | None:
+        """Where no memory plan fits: the one that needs least, and how many bytes it lacks."""
+        from turbo.memory import nearest_plan
+
+        name = nearest_plan(self.plans)
+        missing = 0 if self.free is None else self.plans[name][1] - self.free
+        return (name, missing) if missing > 0 else None
 
     def lines(self, files: ModelFiles) -> Iterator[str]:
         """Each part's bytes, and each memory plan's peak."""
@@ -294,6 +307,9 @@ class _Need:
         }
         for component, count in self.need.weights.items():
             yield f"weights of {component}: {_size(count)}, from {held[component]}"
+            stored = self.need.of("low").weights[component]
+            if stored != count:
+                yield f"weights of {component} kept as in its file, memory low: {_size(stored)}"
         for stage, count in self.need.activations.items():
             yield f"largest activations of {stage}: {_size(count)}"
         yield f"largest activations of decode in tiles: {_size(self.need.tiled_decode)}"
@@ -301,21 +317,37 @@ class _Need:
         for name, (plan, peak) in self.plans.items():
             moved = [f"{part} {mode}" for part, mode in plan.modes.items() if mode != RESIDENT]
             how = ", ".join(moved or ["all resident"]) + ", decoded in tiles" * plan.is_tiled
-            yield f"memory {name}: {_size(peak)} at most on {self.device} ({how})"
+            host = self.need.host_bytes(plan, self.device)
+            beside = f", {_size(host)} of pinned host memory" * bool(host)
+            yield f"memory {name}: {_size(peak)} at most on {self.device}{beside} ({how})"
+        if self.free is not None:
+            yield f"free on {self.device} now: {_size(self.free)}"
+        if self.nearest is not None:
+            name, missing = self.nearest
+            yield f"no memory plan fits: {name} comes nearest, {_size(missing)} are missing for it"
         yield "activations are counted for 64 prompt tokens, without what libraries use themselves"
 
     def as_json(self) -> dict[str, Any]:
         """The same for programs."""
         plans = {
-            name: {"peak": peak, "parts": dict(plan.modes), "tiled": plan.is_tiled}
+            name: {
+                "peak": peak,
+                "host": self.need.host_bytes(plan, self.device),
+                "parts": dict(plan.modes),
+                "tiled": plan.is_tiled,
+            }
             for name, (plan, peak) in self.plans.items()
         }
         return {
             "weights": self.need.weights,
+            "stored_weights": self.need.of("low").weights,
             "activations": self.need.activations,
             "tiled_decode": self.need.tiled_decode,
             "total": self.need.total,
             "plans": plans,
+            "free": self.free,
+            "nearest": None if self.nearest is None else self.nearest[0],
+            "missing": 0 if self.nearest is None else self.nearest[1],
         }
 
 
@@ -608,7 +640,11 @@ def _dry_run(
     loras: list[tuple[str, float]],
     outputs: Outputs,
 ) -> None:
-    """Print the plan, files and memory need; standard output is YAML with comments, or JSON."""
+    """Print the plan, files and memory need; standard output is YAML with comments, or JSON.
+
+    Raises:
+        BadInputError: Something is not usable. That memory is too small is said at the end.
+    """
     from turbo.acceleration import SpeedUps
     from turbo.attention import pick_attention
     from turbo.devices import pick_device
@@ -625,9 +661,14 @@ def _dry_run(
     found = [(str(choice.path), choice.strength) for choice in choices]
     checkpoints = files.open()
     need = _Need.of(plan, checkpoints)
-    chosen = choose_memory(
-        need.outline, plan, device, may_move_network=args.capture in ("auto", "eager")
-    )
+    chosen, misfit = None, None
+    try:
+        may_move = args.capture in ("auto", "eager")
+        chosen = choose_memory(
+            need.outline, plan, device, may_move_network=may_move, free=need.free
+        ).name
+    except BadInputError as error:
+        misfit = error
     network = need.outline.network
     dtype = arithmetic_dtype(network.dtype, device)
     pick_attention(_attention(args, plan), device, dtype, network.config.head_dim)
@@ -635,15 +676,17 @@ def _dry_run(
     fuser.check(choices, strict=not args.no_strict_lora)
     names = [_dry_name(args, outputs, number) for number in range(1, args.n + 1)]
     if args.json:
-        memory = {**need.as_json(), "chosen": chosen.name}
+        memory = {**need.as_json(), "chosen": chosen}
         _print_json(
             {"plan": plan_to_dict(plan), "memory_bytes": memory, "loras": found, "files": names},
             indent=2,
         )
-        return
-    print(dump_plan(plan), end="")
-    for line in (*need.lines(files), *_dry_lines(chosen.name, files, found, names)):
-        print(f"# {line}")
+    else:
+        print(dump_plan(plan), end="")
+        for line in (*need.lines(files), *_dry_lines(chosen, files, found, names)):
+            print(f"# {line}")
+    if misfit is not None:
+        raise misfit
 
 
 def _dry_name(args: Namespace, outputs: Outputs, number: int) -> str:
@@ -654,9 +697,9 @@ def _dry_name(args: Namespace, outputs: Outputs, number: int) -> str:
 
 
 def _dry_lines(
-    memory: str, files: ModelFiles, loras: list[tuple[str, float]], names: list[str]
+    memory: str | None, files: ModelFiles, loras: list[tuple[str, float]], names: list[str]
 ) -> Iterator[str]:
-    yield f"memory: {memory}"
+    yield f"memory: {memory or 'none that fits'}"
     yield f"tokenizer: {files.tokenizer or 'not found'}"
     for path, strength in loras:
         yield f"LoRA: {path} at {strength:g}"

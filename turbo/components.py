@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from turbo.errors import CheckpointError
 from turbo.header import one_line
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.precision import arithmetic_dtype
+from turbo.stored import Keeping
 from turbo.text_encoder import TextEncoder, TextEncoderConfig
 from turbo.transformer import Transformer, TransformerConfig
 
@@ -24,6 +25,9 @@ class Components:
     network: Transformer
     text_encoder: TextEncoder
     autoencoder: Autoencoder
+    keepings: Mapping[str, Keeping] = field(default_factory=dict)
+    """Component -> which of its matrices are kept as their file stores them, at first none; only
+    what has such matrices, and only of `outline`."""
 
     @classmethod
     def build(
@@ -62,8 +66,16 @@ class Components:
         checkpoints: Mapping[str, Checkpoint],
         dtypes: Mapping[str, torch.dtype],
         quantize: str | None = None,
+        *,
+        keep: Collection[str] = (NETWORK, TEXT_ENCODER),
     ) -> Components:
         """Make the modules on the meta device, sure that the files hold what they need.
+
+        Args:
+            checkpoints: As for `build`, with `dtypes` and `quantize`.
+            dtypes: Component -> dtype of its weights.
+            quantize: How the network's large matrices are kept.
+            keep: Components of which matrices may be kept as their files store them, in `keepings`.
 
         Raises:
             CheckpointError: Tensors are missing, left over or of another shape.
@@ -76,7 +88,8 @@ class Components:
             ) from error
         for component, module in outline.by_name().items():
             check_fit(module, checkpoints[component])
-        return outline
+        made = {part: _keeping(outline.by_name()[part], checkpoints[part]) for part in keep}
+        return replace(outline, keepings={part: one for part, one in made.items() if one})
 
     def by_name(self) -> dict[str, Transformer | TextEncoder | Autoencoder]:
         """Component -> its module."""
@@ -85,6 +98,21 @@ class Components:
             TEXT_ENCODER: self.text_encoder,
             AUTOENCODER: self.autoencoder,
         }
+
+
+def _keeping(module: Transformer | TextEncoder | Autoencoder, checkpoint: Checkpoint) -> Keeping:
+    found = {name: checkpoint.stored(name) for name in module.native_tensors()}
+    return Keeping(module, {name: parts for name, parts in found.items() if parts is not None})
+
+
+def keep_stored(asked: str | None, kept: str | None) -> tuple[str, ...]:
+    """Components of which matrices may be kept as their files store them, for `outline`.
+
+    The network's may not where `asked`, the setting `quantize`, says how to keep them, nor where
+    they are kept in 8 bits (`kept`) in any case.
+    """
+    is_free = asked in (None, "auto") and kept is None
+    return (NETWORK, TEXT_ENCODER) if is_free else (TEXT_ENCODER,)
 
 
 def component_dtypes(

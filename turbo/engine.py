@@ -35,7 +35,7 @@ from turbo.attention import AttentionChoice, AttentionTimes, measure_attention, 
 from turbo.cache_folder import default_cache_dir
 from turbo.checkpoint import Checkpoint
 from turbo.compile import CaptureReport
-from turbo.components import Components, component_dtypes
+from turbo.components import Components, component_dtypes, keep_stored
 from turbo.denoiser import Caption, is_unguided
 from turbo.devices import free_bytes
 from turbo.devices import pick_device as pick_device
@@ -46,7 +46,7 @@ from turbo.image_input import latent_of_image, require_picture
 from turbo.latent import STRIDE
 from turbo.memory import VAE_TILE as VAE_TILE
 from turbo.memory import choose_memory, count_outline, lower_plan, memory_plans
-from turbo.memory_errors import drop_frames, out_of_memory, phase
+from turbo.memory_errors import drop_frames, out_of_memory, phase, tried_again
 from turbo.model_files import ModelFiles, find_model_files
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.noise import MAX_SEED, check_seed
@@ -259,7 +259,9 @@ class Engine:
                 With float16 the autoencoder works in float32, which float16 overflows.
             quantize: Keep the network's large matrices in 8 bits: "fp8", "int8" or
                 "int8-weight-only"; "none" not to; None: as the plan says, and as a file that
-                `turbo quantize` wrote has them. LoRAs are fused before.
+                `turbo quantize` wrote has them. LoRAs are fused before. With None, a GGUF or 8-bit
+                file is made into floats: layer by layer in the memory plan "low", which keeps it
+                as it is, and at loading in the others, to the same bits.
             plan: A plan or a plan file; None is the workflow's plan.
             strict_loras: Refuse a LoRA of which some keys fit nothing; one of which none fits
                 always is.
@@ -277,7 +279,8 @@ class Engine:
             memory: "fast", "balanced", "low" or "auto", as `Performance` explains them; None: as
                 the plan says. Which one it became is logged.
             allow_fallback: When memory runs out, try once more as the next smaller memory plan has
-                it, for this request alone; None: as the plan says.
+                it: in loading, which then holds for the engine, and in a request, for that one
+                alone; not in `warmup` and `set_loras`. None: as the plan says.
             on_progress: Called with (component, tensors read, tensors in all), from the threads
                 that read, one call at a time and a component after the other.
 
@@ -331,7 +334,8 @@ class Engine:
             device,
             dtype,
             kept,
-            plan.performance.attention if attention is None else attention,
+            keep=keep_stored(asked, kept),
+            attention=plan.performance.attention if attention is None else attention,
         )
         loader.seconds["find files"] = time.perf_counter() - begin
         loader.check(choices, strict_loras)
@@ -410,7 +414,7 @@ class Engine:
             return self._warm_up(_Meter(self.models.device), buckets, on_progress)
 
         with self._lock, self._current_device():
-            return self._within_memory(warm, may_fall_back=False)
+            return self._within_memory(warm, allow_fallback=None)
 
     def _warm_up(
         self, meter: _Meter, buckets: Sequence[int], on_progress: OnProgress | None
@@ -782,6 +786,11 @@ class Engine:
         holding = self._holding
         return RESIDENT_PLAN if holding is None else holding.now or holding.made
 
+    @property
+    def _modes(self) -> Mapping[str, str | None]:
+        holding = self._holding
+        return RESIDENT_PLAN.modes if holding is None else holding.placement.modes
+
     def _is_tiled(self, performance: Performance) -> bool:
         return performance.enable_vae_tiling or self._memory.is_tiled
 
@@ -795,7 +804,7 @@ class Engine:
             TEXT_ENCODER: self.models.text_encoder,
             AUTOENCODER: self.models.autoencoder,
         }
-        still = [modules[part] for part, mode in self._memory.modes.items() if mode in bears]
+        still = [modules[part] for part, mode in self._modes.items() if mode in bears]
         self.accelerator.install(self.models, still)
 
     def _hold(self, plan: MemoryPlan) -> None:
@@ -807,23 +816,27 @@ class Engine:
             self._holding.use(plan)
         self._install()
 
-    def _within_memory(self, make: Callable[[], _Result], may_fall_back: bool) -> _Result:
-        """Make pictures as the engine's memory plan says; if memory runs out, as the next does."""
+    def _within_memory(self, make: Callable[[], _Result], allow_fallback: bool | None) -> _Result:
+        """Make pictures as the engine's memory plan says; if memory runs out, as the next does.
+
+        `allow_fallback` is None where no other plan is tried in any case.
+        """
         plan = RESIDENT_PLAN if self._holding is None else self._holding.made
         lower = None if self._holding is None else lower_plan(plan.name)
-        result = self._attempt(make, plan, lower)
-        if isinstance(result, OutOfMemoryError) and may_fall_back and lower is not None:
+        result = self._attempt(make, plan)
+        if isinstance(result, OutOfMemoryError) and allow_fallback and lower is not None:
             assert self._holding is not None
-            logger.warning("%s; memory %r is tried", result, lower)
-            result = self._attempt(make, self._holding.named(lower), lower_plan(lower))
+            logger.warning("%s", tried_again(result, plan.name, lower))
+            plan = self._holding.named(lower)
+            lower = lower_plan(plan.name)
+            result = self._attempt(make, plan)
         if isinstance(result, OutOfMemoryError):
-            raise result
+            may_allow = allow_fallback is False
+            raise out_of_memory(result, plan.name, lower, may_allow_fallback=may_allow)
         return result
 
-    def _attempt(
-        self, make: Callable[[], _Result], plan: MemoryPlan, lower: str | None
-    ) -> _Result | OutOfMemoryError:
-        """What was made, or the error to raise; by then nothing holds what filled the memory."""
+    def _attempt(self, make: Callable[[], _Result], plan: MemoryPlan) -> _Result | OutOfMemoryError:
+        """What was made, or what happened; by then nothing holds what filled the memory."""
         try:
             self._hold(plan)
             with phase("sampling"):
@@ -833,7 +846,7 @@ class Engine:
             self._stages.clear()
             self.accelerator.clear()
             drop_frames(error)
-            return out_of_memory(error, plan.name, lower)
+            return OutOfMemoryError(str(error), error.phase)
 
     def _choose(self, loras: Sequence[Any], default_strength: float) -> tuple[LoraChoice, ...]:
         _require_list(loras)
@@ -842,12 +855,17 @@ class Engine:
 
     def _fuse(self, choices: tuple[LoraChoice, ...], strict: bool) -> None:
         written = True  # as far as is known, should it fail
+        make_room = None if self._holding is None else self._holding.placement.loosen
+        modes = self._modes
         try:
-            written = self._fuser.fuse(choices, strict=strict)
+            written = self._fuser.fuse(choices, strict=strict, make_room=make_room)
         finally:
             if written:
                 self._captions.clear()
                 self._stages.clear()
+            if self._modes != modes:
+                self.accelerator.clear()
+                self._install()
 
     def _require_finite(self, finite: dict[str, Tensor]) -> None:
         """One read-back for all stages; the first bad one is named."""
@@ -921,6 +939,8 @@ class _Loader:
         device: torch.device,
         dtype: torch.dtype,
         quantize: str | None,
+        *,
+        keep: Collection[str],
         attention: str,
     ) -> None:
         self.seconds: dict[str, float] = {}
@@ -930,7 +950,7 @@ class _Loader:
         compute_dtype = arithmetic_dtype(dtype, device)
 
         def outline() -> Components:
-            made = Components.outline(checkpoints, dtypes, quantize)
+            made = Components.outline(checkpoints, dtypes, quantize, keep=keep)
             made.network.compute_dtype = compute_dtype
             return made
 
@@ -974,7 +994,10 @@ class _Loader:
             plan = choose_memory(
                 self._made, self._plan, self._device, may_move_network=may_move_network
             )
-        placement = Placement(self._made.by_name(), self._device, self._fill)
+        made = self._made
+        placement = Placement(
+            made.by_name(), self._device, self._fill, made.keepings, self.fuser.reading
+        )
         self._report = None if report is None else _Reports(report)
         try:
             plan = self._place(placement, plan)
@@ -983,17 +1006,15 @@ class _Loader:
         return _Holding(placement, plan, plan, lambda name: self._named(placement, name))
 
     def _place(self, placement: Placement, plan: MemoryPlan) -> MemoryPlan:
-        lower = lower_plan(plan.name)
-        failed = _place(placement, plan, lower)
-        if failed is None:
-            return plan
-        if lower is None or not self._plan.performance.allow_fallback:
-            raise failed
-        logger.warning("%s; memory %r is tried", failed, lower)
-        plan = self._named(placement, lower)
-        failed = _place(placement, plan, lower_plan(lower))
+        lower, allowed = lower_plan(plan.name), self._plan.performance.allow_fallback
+        failed = _place(placement, plan)
+        if failed is not None and lower is not None and allowed:
+            logger.warning("%s", tried_again(failed, plan.name, lower))
+            plan = self._named(placement, lower)
+            lower = lower_plan(plan.name)
+            failed = _place(placement, plan)
         if failed is not None:
-            raise failed
+            raise out_of_memory(failed, plan.name, lower, may_allow_fallback=not allowed)
         return plan
 
     def _named(self, placement: Placement, name: str) -> MemoryPlan:
@@ -1001,7 +1022,7 @@ class _Loader:
         free = free_bytes(self._device)
         if free is not None:
             free += placement.held_bytes
-        need = count_outline(self._outline(), self._plan)
+        need = count_outline(self._outline(), self._plan, self._device)
         plan, _ = memory_plans(need, self._plan.performance, self._device, free)[name]
         return plan
 
@@ -1040,15 +1061,15 @@ class _Reports:
                 return  # its next report comes before those of others
 
 
-def _place(placement: Placement, plan: MemoryPlan, lower: str | None) -> OutOfMemoryError | None:
-    """Place the weights; the error if memory ran out, and then none of them is there."""
+def _place(placement: Placement, plan: MemoryPlan) -> OutOfMemoryError | None:
+    """Place the weights; what happened if memory ran out, and then none of them is there."""
     try:
         with phase("loading"):
             placement.use(plan)
     except OutOfMemoryError as error:
         placement.clear()
         drop_frames(error)
-        return out_of_memory(error, plan.name, lower)
+        return OutOfMemoryError(str(error), error.phase)
     return None
 
 

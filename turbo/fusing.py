@@ -7,27 +7,36 @@ drifts and whoever captured that storage stays valid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from turbo.checkpoint import Checkpoint, WeightHolder, load_weight, native_weights
+from turbo.checkpoint import Checkpoint, Weight, WeightHolder, load_weight, native_weights
 from turbo.errors import LoraError
 from turbo.lora import Lora, Patch, apply_patches, match_lora, read_lora, require_match
 from turbo.model_files import resolve_lora
 from turbo.names import TEXT_ENCODER
 from turbo.quantize import QuantizedRows
+from turbo.stopping import Stop
+from turbo.stored import StoredRows
 
 FILES_KEPT = 4
 MAX_STRENGTH = 1e6
 
 Target = tuple[str, str]
 """(component, native tensor name)."""
+
+_Patches = dict[Target, list[tuple[Patch, float]]]
+
+MakeRoom = Callable[[Mapping[str, Collection[str]]], set[Target]]
+"""Has the weights that LoRAs change (component -> native names) where these can be written, and no
+others for that reason; returns all whose memory is new. See `turbo.placement.Placement.loosen`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +97,15 @@ class LoraFuser:
         self._modules = modules
         self._checkpoints = checkpoints
         self._keep_files = keep_files
-        self._patches: dict[Target, list[tuple[Patch, float]]] | None = {}
+        self._patches: _Patches | None = {}
         self._read = lru_cache(maxsize=FILES_KEPT if keep_files else 0)(_read_version)
         self._fused: tuple[LoraChoice, ...] | None = ()  # None: not known, a write failed
         self._fused_strictly = True
         self._changed: set[Target] = set()
         self._described: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+        self._stops: list[Stop] = []
+        self._reread: _Patches | None = None
 
     def check(self, choices: Sequence[LoraChoice], *, strict: bool = True) -> None:
         """Refuse LoRAs that do not fit, by the headers of the files alone.
@@ -110,12 +122,19 @@ class LoraFuser:
         loras = [(choice, read_lora(choice.path, shapes_only=True)) for choice in choices]
         self._collect(loras, strict)
 
-    def fuse(self, choices: Sequence[LoraChoice], *, strict: bool = True) -> bool:
+    def fuse(
+        self,
+        choices: Sequence[LoraChoice],
+        *,
+        strict: bool = True,
+        make_room: MakeRoom | None = None,
+    ) -> bool:
         """Make the weights those of the checkpoint with `choices` applied in order.
 
         Args:
             choices: LoRAs; none restores the checkpoint's weights.
             strict: Refuse a LoRA of which some keys fit nothing; one of which none fits always is.
+            make_room: Called before weights are written; None: all can be written as they are.
 
         Returns:
             Whether any weight was written.
@@ -135,9 +154,9 @@ class LoraFuser:
             self._checkpoints[component].check_unchanged()
         self._note(None, strict, targets, [])
         try:
-            self._write(targets, patches)
+            self._write(targets | self._room_for(patches, make_room), patches)
         except BaseException:
-            self._write(targets, {})
+            self._write(targets | self._room_for((), make_room), {})
             self._note((), True, set(), [])
             raise
         described = [
@@ -179,13 +198,45 @@ class LoraFuser:
         self._checkpoints[component].check_unchanged()
         self._write({(component, name) for name in names}, patches, on_progress)
 
-    def _collect_fused(self) -> dict[Target, list[tuple[Patch, float]]]:
-        loras = [(choice, self._read(choice.path, choice.stamp)) for choice in self._fused or ()]
-        return self._collect(loras, self._fused_strictly)
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Stop]:
+        """Have LoRA files that are not kept in memory read once for all that is filled within.
+
+        Gives what ends the filling of other threads at their next run of rows. May be entered
+        again within, where it gives the same.
+        """
+        with self._lock:
+            self._stops.append(self._stops[-1] if self._stops else Stop())
+            stop = self._stops[-1]
+            for checkpoint in self._checkpoints.values():
+                checkpoint.stop = stop
+        try:
+            yield stop
+        finally:
+            with self._lock:
+                self._stops.pop()
+                if not self._stops:
+                    self._reread = None
+                    for checkpoint in self._checkpoints.values():
+                        checkpoint.stop = None
+
+    def _collect_fused(self) -> _Patches:
+        with self._lock:
+            if self._reread is not None:
+                return self._reread
+            read = [(one, self._read(one.path, one.stamp)) for one in self._fused or ()]
+            collected = self._collect(read, self._fused_strictly)
+            if self._stops:
+                self._reread = collected
+            return collected
 
     def describe(self) -> list[dict[str, Any]]:
         """Name, strengths and content hash of each fused LoRA, ready for JSON."""
         return [dict(entry) for entry in self._described]
+
+    def _room_for(self, targets: Collection[Target], make_room: MakeRoom | None) -> set[Target]:
+        names = {part: {name for owner, name in targets if owner == part} for part in self._modules}
+        return set() if make_room is None else make_room(names)
 
     def _note(
         self,
@@ -196,14 +247,13 @@ class LoraFuser:
     ) -> None:
         self._fused, self._fused_strictly = choices, strictly
         self._patches = {}
+        self._reread = None
         self._changed, self._described = changed, described
 
-    def _collect(
-        self, loras: Sequence[tuple[LoraChoice, Lora]], strict: bool
-    ) -> dict[Target, list[tuple[Patch, float]]]:
+    def _collect(self, loras: Sequence[tuple[LoraChoice, Lora]], strict: bool) -> _Patches:
         shapes = {name: self._checkpoints[name].shapes for name in self._modules}
         inert = {name: module.ignored_keys(shapes[name]) for name, module in self._modules.items()}
-        collected: dict[Target, list[tuple[Patch, float]]] = {}
+        collected: _Patches = {}
         for choice, lora in loras:
             match = match_lora(lora, shapes, inert)
             require_match(match, lora, strict=strict)
@@ -248,11 +298,13 @@ def _read_version(path: Path, stamp: tuple[int, int]) -> Lora:
 def _write_weight(
     checkpoint: Checkpoint,
     name: str,
-    weight: Tensor | QuantizedRows,
+    weight: Weight,
     patches: Sequence[tuple[Patch, float]],
 ) -> None:
     if not patches:
         load_weight(checkpoint, name, weight)
+    elif isinstance(weight, StoredRows):
+        raise AssertionError(f"{name} is kept as its file stores it; a LoRA cannot be fused there")
     elif isinstance(weight, QuantizedRows):  # fused first: a patch changes a row's range
         base = torch.empty(weight.shape, device=weight.device)
         checkpoint.copy_into(name, base)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from turbo.errors import CheckpointError
+from turbo.gguf_blocks import BLOCKS, dequantize_blocks
 from turbo.header import Header, TensorEntry, file_stamp, is_possible, one_line, shorten
 from turbo.names import NETWORK, TEXT_ENCODER
 
@@ -52,7 +53,7 @@ _NUMBERS: Mapping[int, struct.Struct] = {
 }
 _UINT32, _UINT64 = _NUMBERS[4], _NUMBERS[10]
 
-# Read by PyTorch itself; everything else goes through the package and becomes float32.
+# Read as they are; everything else becomes float32, by the package where not by `gguf_blocks`.
 _PLAIN_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -124,7 +125,7 @@ _CONFIG_KEYS = {
 @lru_cache(maxsize=64)
 def is_readable(dtype: str) -> bool:
     """Whether values of a type, by its name in the `gguf` package, can be made into floats."""
-    if dtype in _PLAIN_DTYPES:
+    if dtype in _PLAIN_DTYPES or dtype in BLOCKS:
         return True
     _, size = _block_sizes()[dtype]
     try:
@@ -149,7 +150,36 @@ def read_rows(path: Path, entry: TensorEntry, start: int, stop: int) -> Tensor:
     Raises:
         OSError: The file cannot be read or ends too soon.
     """
-    rows, *inner = entry.shape or (1,)
+    inner = entry.shape[1:]
+    data = _read_bytes(path, entry, start, stop)
+    if entry.dtype in _PLAIN_DTYPES:
+        values = torch.frombuffer(data, dtype=_PLAIN_DTYPES[entry.dtype])
+    else:
+        values = _dequantise(data, entry.dtype, stop - start if inner else 1)
+    return values.reshape(stop - start, *inner)
+
+
+def read_blocks(path: Path, entry: TensorEntry, start: int, stop: int) -> Tensor:
+    """Read rows of a quantised matrix as the file holds them.
+
+    Args:
+        path: The file.
+        entry: The matrix.
+        start: First row.
+        stop: Row behind the last.
+
+    Returns:
+        [stop - start, bytes of a row], uint8, on the CPU.
+
+    Raises:
+        OSError: The file cannot be read or ends too soon.
+    """
+    data = _read_bytes(path, entry, start, stop)
+    return torch.frombuffer(data, dtype=torch.uint8).view(stop - start, -1)
+
+
+def _read_bytes(path: Path, entry: TensorEntry, start: int, stop: int) -> bytearray:
+    rows = entry.shape[0] if entry.shape else 1
     total = _tensor_bytes(entry)
     first, last = total * start // rows, total * stop // rows
     data = bytearray(last - first)
@@ -161,14 +191,13 @@ def read_rows(path: Path, entry: TensorEntry, start: int, stop: int) -> Tensor:
             if not count:
                 raise OSError("the file ends within this tensor")
             done += count
-    if entry.dtype in _PLAIN_DTYPES:
-        values = torch.frombuffer(data, dtype=_PLAIN_DTYPES[entry.dtype])
-    else:
-        values = _dequantise(data, entry.dtype, stop - start if inner else 1)
-    return values.reshape(stop - start, *inner)
+    return data
 
 
 def _dequantise(data: bytes | bytearray, dtype: str, rows: int) -> Tensor:
+    if dtype in BLOCKS:
+        stored = torch.frombuffer(data, dtype=torch.uint8).view(-1, BLOCKS[dtype][1])
+        return dequantize_blocks(dtype, stored).view(rows, -1)
     import numpy as np
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize

@@ -20,12 +20,14 @@ from torch.utils._pytree import tree_leaves
 
 from turbo.autoencoder import Autoencoder
 from turbo.checkpoint import Checkpoint
-from turbo.components import Components, component_dtypes
+from turbo.components import Components, component_dtypes, keep_stored
 from turbo.devices import free_bytes, pick_device, pick_dtype
 from turbo.errors import BadInputError
 from turbo.latent import STRIDE
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
+from turbo.pinned import pinned_bytes
 from turbo.placement import (
+    LOW,
     RESIDENT,
     RESIDENT_PLAN,
     STREAMED,
@@ -34,6 +36,7 @@ from turbo.placement import (
     streamed_bytes,
 )
 from turbo.plan import Performance, Plan, Stage
+from turbo.quantize import QuantizedLinear
 from turbo.text_encoder import TextEncoder
 from turbo.transformer import PATCH, Transformer, padded_length
 
@@ -41,7 +44,7 @@ CAPTION_TOKENS = 64
 """Prompt length that the counts assume, in tokens: a paragraph."""
 VAE_TILE = 64
 """Latent positions a side of a tile when a picture is decoded in tiles."""
-MEMORY_PLANS = ("fast", "balanced", "low")
+MEMORY_PLANS = ("fast", "balanced", LOW)
 """From the largest and fastest to the smallest."""
 
 logger = logging.getLogger(__name__)
@@ -63,6 +66,15 @@ class MemoryNeed:
     """As `activations` has it for `decode`, in tiles."""
     streamed: dict[str, int] = field(default_factory=dict)
     """Component -> most bytes of its weights on the device at once while it is streamed."""
+    pinned: dict[str, int] = field(default_factory=dict)
+    """Component -> bytes of host memory that its weights take beside a GPU where they move."""
+    low: MemoryNeed | None = None
+    """The same where weights are kept as their files store them, as `low` does; the largest matrix
+    of floats made of them is among the activations. None: no file stores any in fewer bytes."""
+
+    def of(self, name: str) -> MemoryNeed:
+        """What the memory plan of that name needs."""
+        return self.low if self.low is not None and name == LOW else self
 
     @property
     def total(self) -> int:
@@ -71,6 +83,8 @@ class MemoryNeed:
 
     def peak(self, plan: MemoryPlan) -> int:
         """Most bytes on the device at once, as a memory plan holds the parts."""
+        if self.of(plan.name) is not self:
+            return self.of(plan.name).peak(plan)
         resident = {part for part, mode in plan.modes.items() if mode == RESIDENT}
         always = sum(self.weights[part] for part in resident)
 
@@ -81,6 +95,13 @@ class MemoryNeed:
             return always + held[part] + activations
 
         return max(at_work(*each) for each in self._turns(plan))
+
+    def host_bytes(self, plan: MemoryPlan, device: torch.device) -> int:
+        """Host memory, pinned, that is held beside a device as a memory plan has it."""
+        if device.type != "cuda":
+            return 0
+        pinned = self.of(plan.name).pinned
+        return sum(pinned[part] for part, mode in plan.modes.items() if mode != RESIDENT)
 
     def _turns(self, plan: MemoryPlan) -> Iterator[tuple[str, int]]:
         for name, count in self.activations.items():
@@ -104,9 +125,17 @@ class MemoryNeed:
         """
         if name == "fast":
             return RESIDENT_PLAN
+        need = self.of(name)
+        if need is self:
+            return self._plan(name, device, free)
+        # A LoRA may change every matrix, so with one that is counted as if none were kept.
+        loose = self._plan(name, device, free).modes
+        return replace(need._plan(name, device, free), loose_modes=loose)
+
+    def _plan(self, name: str, device: torch.device, free: int | None) -> MemoryPlan:
         text = STREAMED if device.type == "cpu" else WHOLE
         modes = {NETWORK: RESIDENT, TEXT_ENCODER: text, AUTOENCODER: RESIDENT}
-        if name == "low":
+        if name == LOW:
             modes = {NETWORK: WHOLE, TEXT_ENCODER: text, AUTOENCODER: WHOLE}
         for part in (TEXT_ENCODER, NETWORK):
             tried = MemoryPlan(name, dict(modes), is_tiled=True)
@@ -135,6 +164,7 @@ def count_memory(
     plan: Plan,
     dtypes: Mapping[str, torch.dtype],
     quantize: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> MemoryNeed:
     """Count what the components of `checkpoints` need for `plan`, reading only file headers.
 
@@ -143,17 +173,43 @@ def count_memory(
         plan: Gives the sizes.
         dtypes: Component -> dtype that its weights are to have in memory.
         quantize: How the network's large matrices are kept; None: in its dtype.
+        device: Where the work is done: products with 8 bits differ.
 
     Raises:
         CheckpointError: The files do not hold what the component needs.
     """
-    return count_outline(Components.outline(checkpoints, dtypes, quantize), plan)
+    keep = keep_stored(None, quantize)
+    outline = Components.outline(checkpoints, dtypes, quantize, keep=keep)
+    return count_outline(outline, plan, device)
 
 
-def count_outline(outline: Components, plan: Plan) -> MemoryNeed:
-    """`count_memory` of modules on the meta device."""
+def count_outline(
+    outline: Components, plan: Plan, device: torch.device | str = "cpu"
+) -> MemoryNeed:
+    """`count_memory` of modules on the meta device, of which no matrix is kept as in its file."""
+    need = _count(outline, plan, device, keeps=False)
+    if not outline.keepings:
+        return need
+    for keeping in outline.keepings.values():
+        keeping.use(())
+    try:
+        return replace(need, low=_count(outline, plan, device, keeps=True))
+    finally:
+        for keeping in outline.keepings.values():
+            keeping.use(None)
+
+
+def _count(
+    outline: Components, plan: Plan, device: torch.device | str, *, keeps: bool
+) -> MemoryNeed:
     with torch.device("meta"):
         network, encoder = _shallow_network(outline.network), _shallow_encoder(outline.text_encoder)
+        shallow: dict[str, nn.Module] = {NETWORK: network, TEXT_ENCODER: encoder}
+        for part, keeping in outline.keepings.items() if keeps else ():
+            keeping.imitate(shallow[part])
+        for layer in network.modules():
+            if isinstance(layer, QuantizedLinear):
+                layer.counted_on = torch.device(device).type
         activations = {"prompt": _prompt_bytes(encoder)}
         activations |= {stage.name: _stage_bytes(network, stage) for stage in plan.stages}
         activations["decode"] = _decode_bytes(outline.autoencoder, plan)
@@ -161,7 +217,8 @@ def count_outline(outline: Components, plan: Plan) -> MemoryNeed:
     modules = outline.by_name()
     weights = {name: _weight_bytes(module) for name, module in modules.items()}
     streamed = {name: streamed_bytes(module) for name, module in modules.items()}
-    return MemoryNeed(weights, activations, tiled, streamed)
+    pinned = {name: pinned_bytes(list(module.parameters())) for name, module in modules.items()}
+    return MemoryNeed(weights, activations, tiled, streamed, pinned)
 
 
 def _shallow_network(network: Transformer) -> Transformer:
@@ -208,14 +265,14 @@ def choose_memory(
         BadInputError: It does not fit; says by how many bytes, and which would.
     """
     asked = plan.performance
-    name = "low" if asked.enable_model_cpu_offload else asked.memory
+    name = LOW if asked.enable_model_cpu_offload else asked.memory
     free = free_bytes(device) if free is None else free
     weights = sum(map(_weight_bytes, outline.by_name().values()))
     if free is None or weights + roomy_activations(outline, plan) <= free:
         need = MemoryNeed({}, {})
         chosen = need.plan("fast" if name == "auto" else name, device)
     else:
-        plans = memory_plans(count_outline(outline, plan), asked, device, free)
+        plans = memory_plans(count_outline(outline, plan, device), asked, device, free)
         chosen = _first_that_fits(plans, name, device, free, may_move_network)
     chosen = _tiled_as_asked(chosen, asked)
     moved = [f"{part} {mode}" for part, mode in chosen.modes.items() if mode != RESIDENT]
@@ -244,6 +301,11 @@ def memory_plans(
     return {name: (plan, need.peak(plan)) for name, plan in tiled.items()}
 
 
+def nearest_plan(plans: Mapping[str, tuple[MemoryPlan, int]]) -> str:
+    """The name of the memory plan that needs least."""
+    return min(plans, key=lambda name: plans[name][1])
+
+
 def _tiled_as_asked(plan: MemoryPlan, asked: Performance) -> MemoryPlan:
     whole = asked.enable_model_cpu_offload and asked.memory == "auto"
     is_tiled = asked.enable_vae_tiling or (plan.is_tiled and not whole)
@@ -266,7 +328,12 @@ def _first_that_fits(
         if needed <= free:
             return plan
     fitting = [f"memory {each!r} would fit" for each in plans if plans[each][1] <= free]
-    hint = "no memory plan would; use 8-bit weights (quantize), bfloat16, or a smaller last stage"
+    nearest = nearest_plan(plans)
+    nearer = f", {nearest!r} comes nearest with {plans[nearest][1] - free} too few"
+    hint = (
+        f"no memory plan would{nearer * (nearest != tried[-1])}; use 8-bit weights (quantize), "
+        "bfloat16, or a smaller last stage"
+    )
     raise BadInputError(
         f"memory {tried[-1]!r} needs {needed} bytes on {device}, where {free} are free: "
         f"{needed - free} too few; {(fitting or [hint])[0]}"

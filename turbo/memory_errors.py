@@ -77,9 +77,24 @@ def drop_frames(error: BaseException) -> None:
         torch.cuda.empty_cache()
 
 
-def out_of_memory(error: OutOfMemoryError, plan: str, lower: str | None) -> OutOfMemoryError:
-    """The error to show, which holds no tensor: what happened, and what would help."""
+def out_of_memory(
+    error: OutOfMemoryError, plan: str, lower: str | None, *, may_allow_fallback: bool
+) -> OutOfMemoryError:
+    """The error to show, which holds no tensor: what happened, and what would help.
+
+    Args:
+        error: What happened.
+        plan: Name of the memory plan in which it did.
+        lower: The next smaller one; None if there is none.
+        may_allow_fallback: Whether `allow_fallback` is off and would have had that one tried.
+    """
     help_ = "use 8-bit weights (quantize), bfloat16, or a smaller last stage"
     if lower is not None:
-        help_ = f"use memory {lower!r}, or allow_fallback to have it tried by itself; or {help_}"
+        by_itself = ", or allow_fallback to have it tried by itself" * may_allow_fallback
+        help_ = f"use memory {lower!r}{by_itself}; or {help_}"
     return OutOfMemoryError(f"{error}, with memory {plan!r}; {help_}", error.phase)
+
+
+def tried_again(error: OutOfMemoryError, plan: str, lower: str) -> str:
+    """The line to log where the next smaller memory plan is tried after an error."""
+    return f"{error}, with memory {plan!r}; memory {lower!r} is tried (allow_fallback)"

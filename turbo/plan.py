@@ -244,14 +244,16 @@ class Performance:
 
     `fast` keeps everything on the device. `balanced` has the text encoder there only while it works
     and decodes in tiles. `low` has each part there only while it works, block by block where the
-    part alone is too large, and decodes in tiles. Parts rest in host memory; beside a CPU they are
+    part alone is too large, and decodes in tiles; what GGUF or 8-bit files hold stays as it is
+    there, and is made into floats layer by layer. Parts rest in host memory; beside a CPU they are
     read from their files again. `auto` is the first of these that fits a GPU, on a CPU `fast`.
     """
 
     memory: str = "auto"
     """One of `MEMORY`."""
     allow_fallback: bool = False
-    """When memory runs out, try once more as the next smaller memory plan has it."""
+    """When memory runs out in loading or in a request, try once more as the next smaller memory
+    plan has it; the request after that one is as before."""
     enable_model_cpu_offload: bool = False
     """`low` without tiles: keep the parts that are not at work off the device."""
     enable_vae_slicing: bool = False

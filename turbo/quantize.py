@@ -187,6 +187,8 @@ class QuantizedLinear(nn.Module):
     """
 
     bias = None
+    counted_on: str | None = None
+    """Type of the device whose arithmetic is meant where values are on the meta device."""
 
     def __init__(
         self, kind: str, inputs: int, outputs: int, device: torch.device | str | None = None
@@ -216,18 +218,19 @@ class QuantizedLinear(nn.Module):
         Returns:
             [..., outputs] in the dtype of `x`.
         """
-        product = _PRODUCTS[self.kind](x.flatten(0, -2), self.values, self.scales)
+        is_imitated = (self.counted_on or x.device.type) != "cuda"
+        product = _PRODUCTS[self.kind](x.flatten(0, -2), self.values, self.scales, is_imitated)
         return product.view(*x.shape[:-1], -1)
 
     if TYPE_CHECKING:
         __call__ = forward
 
 
-def _float8_product(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+def _float8_product(x: Tensor, values: Tensor, scales: Tensor, is_imitated: bool) -> Tensor:
     wide = x.float()
     scale = wide.abs().amax(1, keepdim=True).clamp(min=LEAST_MAXIMUM) / _FLOAT8_MAX
     narrow = (wide / scale).clamp(-_FLOAT8_MAX, _FLOAT8_MAX).to(values.dtype)
-    if x.device.type != "cuda":
+    if is_imitated:
         return _imitated_product(narrow, scale, values, scales).to(x.dtype)
     # By rows there is a product with results in bfloat16 alone.
     product = torch._scaled_mm(
@@ -236,11 +239,11 @@ def _float8_product(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     return product.to(x.dtype)
 
 
-def _int8_product(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+def _int8_product(x: Tensor, values: Tensor, scales: Tensor, is_imitated: bool) -> Tensor:
     wide = x.float()
     scale = (wide.abs().amax(1, keepdim=True) / _INT8_RANGE).clamp(min=_INT8_LEAST_SCALE)
     narrow = (wide * scale.reciprocal()).round().clamp(-128, 127).to(values.dtype)
-    if x.device.type != "cuda":
+    if is_imitated:
         return _imitated_product(narrow, scale, values, scales).to(x.dtype)
     rows = len(x)
     if rows < _LEAST_ROWS:
@@ -258,7 +261,7 @@ def _imitated_product(narrow: Tensor, scale: Tensor, values: Tensor, scales: Ten
     return F.linear(narrow.float(), values.float()) * scale * scales.t()
 
 
-def _widened_product(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+def _widened_product(x: Tensor, values: Tensor, scales: Tensor, is_imitated: bool) -> Tensor:
     if x.dtype == torch.float16:  # sums of the bare integers would overflow
         return F.linear(x, (values.float() * scales).to(x.dtype))
     return (F.linear(x, values.to(x.dtype)) * scales.t()).to(x.dtype)

@@ -9,8 +9,8 @@ ever in memory.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from turbo.checkpoint import Checkpoint
 from turbo.components import Components, component_dtypes
-from turbo.errors import BadInputError
+from turbo.errors import BadInputError, CheckpointError
+from turbo.messages import reason
 from turbo.model_files import PREFERRED_FILES, ModelFiles
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.quantize import METADATA_KEY, QUANTIZATIONS, VALUE_DTYPES, QuantizedRows
@@ -28,6 +29,7 @@ from turbo.whole_file import whole_folder
 COMFYUI_FOLDERS = {NETWORK: "diffusion_models", TEXT_ENCODER: "text_encoders", AUTOENCODER: "vae"}
 DIFFUSERS_FOLDERS = {NETWORK: "transformer", TEXT_ENCODER: "text_encoder", AUTOENCODER: "vae"}
 _SCALE = "_scale"
+_COPIED_BYTES = 8 << 20
 
 
 def write_quantized(
@@ -99,7 +101,7 @@ class _Writer:
             copy_tokenizer(self.files.tokenizer, folder / "tokenizer")
         index = self.files.network.parent / "model_index.json"
         if self.is_diffusers and index.is_file():
-            shutil.copyfile(index, folder / index.name)
+            _copy_file(index, folder / index.name)
 
     def _network_name(self, kind: str) -> str:
         if self.is_diffusers:
@@ -109,18 +111,18 @@ class _Writer:
     def _copy_config(self, folder: Path) -> None:
         config = self.files.network / "config.json"
         if config.is_file():
-            shutil.copyfile(config, folder / config.name)
+            _copy_file(config, folder / config.name)
 
     def _keep(self, component: str, path: Path, place: Path) -> None:
         """Put a component that stays as it is at its place."""
         if path.is_dir():
-            shutil.copytree(path, place)
+            _copy_folder(path, place)
             return
         place.mkdir(parents=True)
         if path == self.files.network:  # an all-in-one file, whose other parts are not wanted
             self._stream(component, place / PREFERRED_FILES[component], None, set())
         else:
-            shutil.copyfile(path, place / path.name)
+            _copy_file(path, place / path.name)
 
     def _stream(self, component: str, path: Path, kind: str | None, matrices: set[str]) -> None:
         checkpoint = self.checkpoints[component]
@@ -167,7 +169,41 @@ def copy_tokenizer(path: Path, folder: Path) -> None:
     """Copy a tokenizer: a folder, or one file and what belongs to it."""
     folder.mkdir(parents=True)
     wanted = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
-    found = [path] if path.is_file() else [path / name for name in wanted]
+    found = [path / name for name in wanted if (path / name).is_file()] or [path]
     for file in found:
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
+        _copy_file(file, folder / file.name)
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    with _reading(source):
+        inside = sorted(source.iterdir())
+    target.mkdir(parents=True)
+    for path in inside:
+        copy = _copy_folder if path.is_dir() else _copy_file
+        copy(path, target / path.name)
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """Copy a file; an error of its own tells which of the two failed."""
+    with _reading(source):
+        given = source.open("rb", buffering=0)
+    with given, target.open("xb", buffering=0) as made:
+        while True:
+            with _reading(source):
+                run = given.read(_COPIED_BYTES)
+            if not run:
+                return
+            left = memoryview(run)
+            while left:
+                left = left[made.write(left) :]
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Blame what is read."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{source}: cannot be read: {reason(error)}; nothing was written"
+        ) from error

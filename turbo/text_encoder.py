@@ -7,7 +7,7 @@ the checkpoint's names back as views.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from turbo.errors import BadInputError, CheckpointError
+from turbo.stored import StoredLinear, StoredRows
 
 _LAYER_SHAPES = {
     "self_attn.q_proj.weight": ("query", "hidden"),
@@ -30,6 +31,7 @@ _LAYER_SHAPES = {
     "input_layernorm.weight": ("hidden",),
     "post_attention_layernorm.weight": ("hidden",),
 }
+_MATRICES = ("qkv", "out", "gate_up", "down")
 _EMBEDDING = "model.embed_tokens.weight"
 _FIRST_TABLE_LENGTH = 512
 
@@ -95,6 +97,9 @@ class TextEncoderConfig:
         )
 
 
+Matrix = nn.Parameter | StoredLinear
+
+
 class Layer(nn.Module):
     """One Qwen3 layer: causal grouped-query attention, then a gated feed-forward part."""
 
@@ -110,13 +115,13 @@ class Layer(nn.Module):
         query = config.num_heads * config.head_dim
         key = config.num_kv_heads * config.head_dim
         self.norm_attention = _weight(hidden, device=device, dtype=dtype)
-        self.qkv = _weight(query + 2 * key, hidden, device=device, dtype=dtype)
+        self.qkv: Matrix = _weight(query + 2 * key, hidden, device=device, dtype=dtype)
         self.norm_query = _weight(config.head_dim, device=device, dtype=dtype)
         self.norm_key = _weight(config.head_dim, device=device, dtype=dtype)
-        self.out = _weight(hidden, query, device=device, dtype=dtype)
+        self.out: Matrix = _weight(hidden, query, device=device, dtype=dtype)
         self.norm_feed_forward = _weight(hidden, device=device, dtype=dtype)
-        self.gate_up = _weight(2 * inner, hidden, device=device, dtype=dtype)
-        self.down = _weight(hidden, inner, device=device, dtype=dtype)
+        self.gate_up: Matrix = _weight(2 * inner, hidden, device=device, dtype=dtype)
+        self.down: Matrix = _weight(hidden, inner, device=device, dtype=dtype)
 
     def forward(self, hidden: Tensor, rotary: Tensor, visible: Tensor | None) -> Tensor:
         normed = self._norm(hidden, self.norm_attention).to(hidden.dtype)
@@ -139,21 +144,21 @@ class Layer(nn.Module):
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x.float(), weight.shape, weight.float(), self.config.norm_eps)
 
-    def native_tensors(self) -> dict[str, Tensor]:
+    def native_weights(self) -> dict[str, Tensor | StoredRows]:
         query = self.config.num_heads * self.config.head_dim
         key = self.config.num_kv_heads * self.config.head_dim
-        q, k, v = torch.split(self.qkv.data, [query, key, key])
-        gate, up = self.gate_up.data.chunk(2)
+        inner = self.config.intermediate_size
+        qkv, gate_up = _rows(self.qkv), _rows(self.gate_up)
         return {
-            "self_attn.q_proj.weight": q,
-            "self_attn.k_proj.weight": k,
-            "self_attn.v_proj.weight": v,
-            "self_attn.o_proj.weight": self.out.data,
+            "self_attn.q_proj.weight": qkv.narrow(0, 0, query),
+            "self_attn.k_proj.weight": qkv.narrow(0, query, key),
+            "self_attn.v_proj.weight": qkv.narrow(0, query + key, key),
+            "self_attn.o_proj.weight": _rows(self.out),
             "self_attn.q_norm.weight": self.norm_query.data,
             "self_attn.k_norm.weight": self.norm_key.data,
-            "mlp.gate_proj.weight": gate,
-            "mlp.up_proj.weight": up,
-            "mlp.down_proj.weight": self.down.data,
+            "mlp.gate_proj.weight": gate_up.narrow(0, 0, inner),
+            "mlp.up_proj.weight": gate_up.narrow(0, inner, inner),
+            "mlp.down_proj.weight": _rows(self.down),
             "input_layernorm.weight": self.norm_attention.data,
             "post_attention_layernorm.weight": self.norm_feed_forward.data,
         }
@@ -261,12 +266,31 @@ class TextEncoder(nn.Module):
         return hidden
 
     def native_tensors(self) -> dict[str, Tensor]:
-        """Every weight under its checkpoint name, as a view: writing into it changes the module."""
-        tensors: dict[str, Tensor] = {_EMBEDDING: self.embed_tokens.data}
+        """Every weight under its checkpoint name, as a view: writing into it changes the module.
+
+        Those that are kept as in a file are among `stored_rows`.
+        """
+        weights = self._native_weights().items()
+        return {name: weight for name, weight in weights if isinstance(weight, Tensor)}
+
+    def stored_rows(self) -> dict[str, StoredRows]:
+        """As `native_tensors`: the weights that are kept as their files store them."""
+        weights = self._native_weights().items()
+        return {name: weight for name, weight in weights if isinstance(weight, StoredRows)}
+
+    def matrices(self) -> Iterator[tuple[nn.Module, str]]:
+        """Owner and attribute of each matrix of floats; see `turbo.stored.Keeping`."""
+        for layer in self.layers:
+            for name in _MATRICES:
+                if isinstance(getattr(layer, name), nn.Parameter):
+                    yield layer, name
+
+    def _native_weights(self) -> dict[str, Tensor | StoredRows]:
+        weights: dict[str, Tensor | StoredRows] = {_EMBEDDING: self.embed_tokens.data}
         for index, layer in enumerate(self.layers):
-            for name, tensor in cast(Layer, layer).native_tensors().items():
-                tensors[f"model.layers.{index}.{name}"] = tensor
-        return tensors
+            for name, weight in cast(Layer, layer).native_weights().items():
+                weights[f"model.layers.{index}.{name}"] = weight
+        return weights
 
     def ignored_keys(self, shapes: Mapping[str, Sequence[int]]) -> set[str]:
         """Names among `shapes` that a whole Qwen3 file holds and this module never reads."""
@@ -281,8 +305,12 @@ def _weight(
     return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype), requires_grad=False)
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x, weight.to(x.dtype))
+def _linear(x: Tensor, weight: Matrix) -> Tensor:
+    return weight(x) if isinstance(weight, StoredLinear) else F.linear(x, weight.to(x.dtype))
+
+
+def _rows(weight: Matrix) -> Tensor | StoredRows:
+    return weight.rows() if isinstance(weight, StoredLinear) else weight.data
 
 
 def _rotate(x: Tensor, rotary: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from turbo.attention import SDPA, AttentionChoice, attend
 from turbo.errors import CheckpointError
 from turbo.quantize import QuantizedLinear, QuantizedRows
+from turbo.stored import StoredLinear, StoredRows
 
 PATCH = 2
 PAD_MULTIPLE = 32
@@ -167,7 +168,7 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
     def rows(self) -> Tensor:
-        """The weight, as `QuantizedLinear.rows` gives one of 8 bits."""
+        """The weight, as `QuantizedLinear.rows` and `StoredLinear.rows` give theirs."""
         return self.weight.detach()
 
     def zero_(self) -> None:
@@ -178,14 +179,18 @@ class Linear(nn.Module):
         __call__ = forward
 
 
+Matrix = Linear | QuantizedLinear | StoredLinear
+Weight = Tensor | QuantizedRows | StoredRows
+
+
 class Attention(nn.Module):
     """Full attention over [batch, tokens, dim] with normed and rotated q and k."""
 
     def __init__(self, config: TransformerConfig, make: _Factory) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.qkv = make.matrix(config.dim, 3 * config.dim)
-        self.out = make.matrix(config.dim, config.dim)
+        self.qkv: Matrix = make.matrix(config.dim, 3 * config.dim)
+        self.out: Matrix = make.matrix(config.dim, config.dim)
         self.qk_norm = _weight(2, config.head_dim, like=make)
 
     def forward(self, x: Tensor, rotary: Tensor, backend: str = SDPA) -> Tensor:
@@ -248,13 +253,14 @@ class FeedForward(nn.Module):
         super().__init__()
         self.ffn_dim = config.ffn_dim
         stored = -(-config.ffn_dim // 32) * 32
-        self.w13 = make.matrix(config.dim, 2 * stored)
-        self.w2 = make.matrix(stored, config.dim)
+        w13, w2 = make.matrix(config.dim, 2 * stored), make.matrix(stored, config.dim)
         if stored != config.ffn_dim:
-            self.w13.zero_()
-            self.w2.zero_()
+            w13.zero_()
+            w2.zero_()
+        self.w13: Matrix = w13
+        self.w2: Matrix = w2
 
-    def native_weights(self) -> dict[str, Tensor | QuantizedRows]:
+    def native_weights(self) -> dict[str, Weight]:
         """Views of w1, w2 and w3 without the padding."""
         both, w2 = self.w13.rows(), self.w2.rows()
         return {
@@ -299,7 +305,7 @@ class Block(nn.Module):
         self.attention_norm2 = _weight(config.dim, like=make)
         self.ffn_norm1 = _weight(config.dim, like=make)
         self.ffn_norm2 = _weight(config.dim, like=make)
-        self.adaLN: Linear | None = None
+        self.adaLN: Linear | StoredLinear | None = None
         if modulated:
             self.adaLN = Linear(config.time_dim, 4 * config.dim, make)
 
@@ -405,7 +411,7 @@ class Transformer(nn.Module):
     def native_tensors(self) -> dict[str, Tensor]:
         """Checkpoint names of ComfyUI's single file -> views into this module's storage.
 
-        Those of 8 bits are among `quantized_rows`.
+        Those of 8 bits are among `quantized_rows`, those kept as in a file among `stored_rows`.
         """
         weights = self._native_weights().items()
         return {name: weight for name, weight in weights if isinstance(weight, Tensor)}
@@ -415,8 +421,20 @@ class Transformer(nn.Module):
         weights = self._native_weights().items()
         return {name: weight for name, weight in weights if isinstance(weight, QuantizedRows)}
 
-    def _native_weights(self) -> dict[str, Tensor | QuantizedRows]:
-        weights: dict[str, Tensor | QuantizedRows] = {
+    def stored_rows(self) -> dict[str, StoredRows]:
+        """As `native_tensors`: the weights that are kept as their files store them."""
+        weights = self._native_weights().items()
+        return {name: weight for name, weight in weights if isinstance(weight, StoredRows)}
+
+    def matrices(self) -> Iterator[tuple[nn.Module, str]]:
+        """Owner and attribute of each matrix of floats; see `turbo.stored.Keeping`."""
+        for owner in self.modules():
+            for name, part in owner.named_children():
+                if isinstance(part, Linear):
+                    yield owner, name
+
+    def _native_weights(self) -> dict[str, Weight]:
+        weights: dict[str, Weight] = {
             "x_pad_token": self.x_pad_token,
             "cap_pad_token": self.cap_pad_token,
             "cap_embedder.0.weight": self.cap_norm,
@@ -624,15 +642,15 @@ def _pad(tokens: Tensor, pad_token: Tensor) -> Tensor:
     return torch.cat((tokens, pads), dim=1)
 
 
-def _linear_weights(name: str, linear: Linear) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {f"{name}.weight": linear.weight}
+def _linear_weights(name: str, linear: Linear | StoredLinear) -> dict[str, Weight]:
+    weights: dict[str, Weight] = {f"{name}.weight": linear.rows()}
     if linear.bias is not None:
         weights[f"{name}.bias"] = linear.bias
     return weights
 
 
-def _block_weights(name: str, block: Block) -> dict[str, Tensor | QuantizedRows]:
-    weights: dict[str, Tensor | QuantizedRows] = {
+def _block_weights(name: str, block: Block) -> dict[str, Weight]:
+    weights: dict[str, Weight] = {
         "attention.qkv.weight": block.attention.qkv.rows(),
         "attention.out.weight": block.attention.out.rows(),
         "attention.q_norm.weight": block.attention.qk_norm[0],

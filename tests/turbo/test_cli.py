@@ -803,6 +803,23 @@ def test_a_dry_run_prints_plan_and_memory_and_makes_nothing(
     assert told["files"] == ["turbo-42.png"]
 
 
+def test_a_dry_run_tells_the_need_and_what_is_missing_where_no_memory_plan_fits(
+    small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("turbo.devices.free_bytes", lambda device: 1_048_576)
+    assert main([*small, "--dry-run", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert re.search(r"# memory low: [\d.]+ MiB at most on cpu", out)
+    assert "# free on cpu now: 1 MiB\n" in out
+    assert re.search(r"# no memory plan fits: low comes nearest, [\d.]+ MiB are missing", out)
+    assert "# memory: none that fits\n" in out
+    assert re.search(r"memory 'fast' needs \d+ bytes .*'low' comes nearest with \d+ too few", err)
+    assert main([*small, "--dry-run", "--json", "--device", "cpu"]) == 2
+    memory = json.loads(capsys.readouterr().out)["memory_bytes"]
+    assert (memory["chosen"], memory["nearest"], memory["free"]) == (None, "low", 1 << 20)
+    assert memory["missing"] == memory["plans"]["low"]["peak"] - memory["free"]
+
+
 @pytest.mark.parametrize("command", ["generate", "plan"])
 def test_a_memory_plan_that_does_not_go_with_the_plan_is_bad_input(
     command: str, capsys: pytest.CaptureFixture[str]

@@ -27,6 +27,7 @@ from turbo.memory import (
 )
 from turbo.model_files import find_model_files
 from turbo.plan import DEFAULT_PLAN, Performance
+from turbo.quantize import QUANTIZATIONS, QuantizedLinear
 from turbo.testing import TINY_AUTOENCODER, make_tiny_model
 
 FLOAT32 = weight_dtypes("float32", "cpu")
@@ -45,6 +46,33 @@ def test_the_peak_counts_what_is_alive_at_once():
     assert 12_000 <= _peak_bytes(linear, work) <= 12_100
 
 
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_a_product_with_8_bits_is_counted_as_what_a_cpu_holds(kind: str):
+    def peak(device: str) -> int:
+        made, x = QuantizedLinear(kind, 96, 64, device), torch.zeros(40, 96, device=device)
+        made.counted_on = "cpu"
+        return _peak_bytes(made, lambda: made(x))
+
+    assert peak("meta") == peak("cpu") > 64 * 96 * 4  # the weight in float32
+
+
+def test_a_product_with_8_bits_is_counted_without_a_cpus_copies_where_a_gpu_has_none():
+    x = torch.empty(40, 96, dtype=torch.bfloat16, device="meta")
+
+    def peak(kind: str, device: str) -> int:
+        made = QuantizedLinear(kind, 96, 4096, "meta")
+        made.counted_on = device
+        return _peak_bytes(made, lambda: made(x))
+
+    weight = 4096 * 96
+    results = 40 * 4096
+    for kind in ("fp8", "int8"):
+        assert peak(kind, "cpu") >= 4 * weight
+    assert 2 * results <= peak("fp8", "cuda") < 2 * results + 8 * x.numel()
+    assert 4 * results <= peak("int8", "cuda") < 14 * results + 8 * x.numel() < 4 * weight * 2
+    assert peak("int8-weight-only", "cuda") == peak("int8-weight-only", "cpu") >= 2 * weight
+
+
 def test_attention_is_counted_without_a_score_matrix():
     query = torch.empty(1, 2, 1000, 8, device="meta")
     bytes_ = _peak_bytes(nn.Module(), lambda: F.scaled_dot_product_attention(query, query, query))
@@ -59,6 +87,7 @@ def test_the_real_model_needs_what_its_files_hold(shared: Path):
             component=component,
             label=file,
             config={},
+            stored=lambda name: None,
             shapes={name: tuple(shape) for name, (shape, _) in tensors.items()},
         )
         for component, (file, tensors) in zip(components, manifest.items(), strict=True)
@@ -185,7 +214,8 @@ def test_auto_is_the_first_plan_that_fits_a_gpu(free: int, asked: str, chosen: s
     [
         (730, "auto", False, "'balanced' needs 735 bytes on cuda, where 730 are free: 5 too few"),
         (730, "fast", True, "memory 'low' would fit"),
-        (100, "auto", True, "no memory plan would; use 8-bit weights"),
+        (100, "auto", True, "15 too few; no memory plan would; use 8-bit weights"),
+        (100, "fast", True, "no memory plan would, 'low' comes nearest with 15 too few; use 8-bit"),
     ],
 )
 def test_what_does_not_fit_is_an_error_with_numbers(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import logging
+import signal
 import subprocess
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +26,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import turbo.engine
 from tests.turbo.test_engine import PLAN, bits, load
-from turbo import pipeline
+from turbo import pipeline, placement
+from turbo.checkpoint import Checkpoint
 from turbo.engine import Engine, Result
 from turbo.errors import BadInputError, CheckpointError, OutOfMemoryError
 from turbo.fusing import LoraFuser
+from turbo.lora import read_lora
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
-from turbo.placement import RESIDENT, STREAMED, WHOLE, MemoryPlan, blocks_of
+from turbo.placement import (
+    RESIDENT,
+    RESIDENT_PLAN,
+    STREAMED,
+    WHOLE,
+    MemoryPlan,
+    _on_stream_of_caller,
+    blocks_of,
+)
 from turbo.plan import Performance
 from turbo.testing import make_tiny_model
 
@@ -195,7 +210,7 @@ def test_a_plan_that_cannot_fit_says_by_how_much_and_which_would(
 
 def test_where_nothing_fits_other_weights_are_named(model: Path, monkeypatch: pytest.MonkeyPatch):
     with_free(monkeypatch, 1000)
-    with pytest.raises(BadInputError, match=r"no memory plan would; use 8-bit weights"):
+    with pytest.raises(BadInputError, match=r"no memory plan would, .*; use 8-bit weights"):
         load(model)
 
 
@@ -362,6 +377,38 @@ def test_only_one_retry_is_made(model: Path, want: list[str], monkeypatch: pytes
     assert engine._memory.modes[TEXT_ENCODER] == RESIDENT
 
 
+def fail_always(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(owner, name, never)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("work", ["generate", "warmup", "load"])
+def test_allow_fallback_is_advised_where_it_is_off_and_would_help(
+    work: str, allowed: bool, model: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):  # fmt: skip
+    call: Callable[[], Any] = partial(load, model, allow_fallback=allowed)
+    if work == "load":
+        fail_always(monkeypatch, LoraFuser, "fill")
+    else:
+        engine = call()
+        fail_always(monkeypatch, turbo.engine, "run_stages")
+        call = engine.warmup if work == "warmup" else partial(engine.generate, "a cat")
+    with pytest.raises(OutOfMemoryError) as caught:
+        call()
+    is_tried = allowed and work != "warmup"
+    plan, lower = ("balanced", "low") if is_tried else ("fast", "balanced")
+    advised = ", or allow_fallback to have it tried by itself" * (not allowed and work != "warmup")
+    assert f"with memory '{plan}'; use memory '{lower}'{advised}; or use 8-bit" in str(caught.value)
+    tried = [line for line in caplog.messages if "is tried" in line]
+    assert len(tried) == is_tried
+    for line in tried:
+        assert line.endswith("with memory 'fast'; memory 'balanced' is tried (allow_fallback)")
+
+
 # Host memory.
 
 
@@ -412,3 +459,107 @@ def test_progress_comes_part_by_part_though_parts_load_side_by_side(model: Path)
     for part in parts:
         counts = [(done, total) for name, done, total in seen if name == part]
         assert counts == [(done, len(counts)) for done in range(1, len(counts) + 1)]
+
+
+# Reading.
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_lora_file_is_read_once_for_each_turn_or_not_again(
+    keeps: bool, model: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(turbo.engine, "choose_memory", lambda *_, **__: ALL_STREAMED)
+    engine = load(model, plan=replace(PLAN, lora=replace(PLAN.lora, cache_models=keeps)))
+    engine.set_loras([(lora, 0.5)])
+    read: list[Path] = []
+
+    def noted(path: Path, **options: Any) -> Any:
+        read.append(path)
+        return read_lora(path, **options)
+
+    monkeypatch.setattr("turbo.fusing.read_lora", noted)
+    engine.generate("a cat", seed=7)
+    # The encoder, the caption's refiner, the network's stages, the decoder.
+    assert len(read) == (0 if keeps else 4)
+    holding = engine._holding
+    assert holding is not None
+    read.clear()
+    holding.use(RESIDENT_PLAN)
+    assert len(read) == (0 if keeps else 1)
+
+
+def loading_threads() -> list[str]:
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith("turbo-load")]
+
+
+def test_ctrl_c_ends_all_parts_that_load_at_their_next_run_of_rows(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reading, interrupted = threading.Barrier(3), threading.Event()
+    after: list[str] = []
+    read = Checkpoint._read
+
+    def slow(checkpoint: Checkpoint, *args: Any, **options: Any) -> Any:
+        values = read(checkpoint, *args, **options)  # which raises once the stop is asked for
+        if interrupted.is_set():
+            after.append(checkpoint.component)
+        elif reading.wait() == 0:
+            interrupted.set()
+            signal.raise_signal(signal.SIGINT)
+        interrupted.wait()
+        while checkpoint.stop is not None and not checkpoint.stop._asked.is_set():
+            time.sleep(0.001)
+        return values
+
+    monkeypatch.setattr(Checkpoint, "_read", slow)
+    with pytest.raises(KeyboardInterrupt):
+        load(model)
+    assert after == []
+    assert loading_threads() == []
+
+
+def test_an_error_in_one_part_ends_the_others(model: Path, monkeypatch: pytest.MonkeyPatch):
+    read, ended = Checkpoint._read, []
+
+    def failing(checkpoint: Checkpoint, *args: Any, **options: Any) -> Any:
+        if checkpoint.component == AUTOENCODER:
+            raise CheckpointError("is damaged")
+        assert checkpoint.stop is not None
+        while not checkpoint.stop._asked.is_set():
+            time.sleep(0.001)
+        ended.append(checkpoint.component)
+        return read(checkpoint, *args, **options)
+
+    monkeypatch.setattr(Checkpoint, "_read", failing)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load(model)
+    assert sorted(ended) == [NETWORK, TEXT_ENCODER]
+
+
+def test_threads_that_load_queue_their_work_on_the_callers_stream(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stream, current = object(), threading.local()
+
+    @contextlib.contextmanager
+    def on(wanted: object) -> Iterator[None]:
+        current.stream = wanted
+        yield
+        current.stream = None
+
+    # As on a GPU, where each thread has a current stream of its own.
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    on_stream = _on_stream_of_caller(torch.device("cuda"))
+    monkeypatch.setattr(placement, "_on_stream_of_caller", lambda device: on_stream)
+    seen: list[tuple[str, object]] = []
+    fill = LoraFuser.fill
+
+    def noted(fuser: LoraFuser, component: str, *args: Any) -> None:
+        seen.append((threading.current_thread().name[:10], current.stream))
+        fill(fuser, component, *args)
+
+    monkeypatch.setattr(LoraFuser, "fill", noted)
+    load(model)
+    assert seen == [("turbo-load", stream)] * 3

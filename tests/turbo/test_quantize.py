@@ -467,10 +467,31 @@ def test_nothing_is_left_of_a_write_that_failed(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("turbo.quantized_files.shutil.copyfile", full)
+    monkeypatch.setattr("turbo.tensor_file.os.fsync", full)
     with pytest.raises(SaveError, match="No space left on device; nothing was written"):
         write_quantized(find_model_files(model), tmp_path / "out", "int8")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("layout", ["comfyui", "diffusers"])
+@pytest.mark.parametrize("part", ["network", "text_encoder", "tokenizer"])
+def test_a_file_of_the_model_that_vanishes_is_blamed_and_not_the_output(
+    part: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turbo.checkpoint._MAPPED_BYTES", 1)  # what is mapped stays readable
+    files = find_model_files(make_tiny_model(tmp_path / "tiny", layout))
+    path = getattr(files, part)
+
+    def vanish(*_: object) -> None:
+        if path.exists():
+            path.rename(tmp_path / "away")
+
+    with pytest.raises(
+        CheckpointError, match=rf"^{path}.*(cannot be read|has gone|changed)"
+    ) as told:
+        write_quantized(files, tmp_path / "out", "int8", vanish)
+    assert "cannot save" not in str(told.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_integers_without_a_scale_are_no_weights(model: Path, tmp_path: Path) -> None:
