@@ -176,7 +176,7 @@ def title(data: Found) -> str:
     model, count = configuration["model"], len(data["exact"]["pictures"])
     parameters = f"{sum(model['parameters'].values()):,} parameters"
     if model["built_in"]:
-        parameters += ", trained on coloured shapes, so nothing here is about Z-Image itself"
+        parameters += " of random weights, so nothing here is about Z-Image itself"
     return (
         f"Model: {model['name']}, {parameters}. Exact run: {configuration['dtype']} on "
         f"{configuration['device']}, no EasyCache. Seed {configuration['seed']}, prompts: {count}."
@@ -205,8 +205,8 @@ def _parser() -> argparse.ArgumentParser:
                         help=f"how many (default: {PICTURES}, or all of the file)")  # fmt: skip
     parser.add_argument("--prompts-file", metavar="FILE", type=Path, help="one prompt a line")
     parser.add_argument("--judge", action="store_true",
-                        help="for the built-in model: prompts it was never trained on, and what "
-                        "share of the pictures is as they say")  # fmt: skip
+                        help="for a model of tools.train_demo_model: prompts it was never "
+                        "trained on, and what share of the pictures is as they say")  # fmt: skip
     parser.add_argument("--seed", metavar="S", type=int, default=SEED, help=f"default: {SEED}")
     parser.add_argument("--options", metavar="NAMES",
                         help="separated by commas, of: "

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?(nan|inf|infinity)", re.I)
 _BUILT_IN_NOTICE = (
-    "turbo: no model given: the built-in one paints coloured shapes and knows nothing else; for "
-    "Z-Image-Turbo give --model (or TURBO_MODEL) a folder that holds it, such as ComfyUI/models"
+    "turbo: no model given: the built-in tiny random one makes coloured noise; for real pictures "
+    "give --model (or TURBO_MODEL) a folder that holds Z-Image-Turbo, such as ComfyUI/models"
 )
 _UNUSED_NEGATIVE = "turbo: --negative has no effect: cfg is 1 in every stage of the plan"
 
@@ -116,7 +116,7 @@ class ModelPaths:
 
         path: str | Path | None = self.path
         if self.is_built_in:
-            from turbo.builtin import builtin_model
+            from turbo.testing import builtin_model
 
             path = builtin_model()
         return find_model_files(path, **self.files)
@@ -196,7 +196,7 @@ def _info_lines(found: dict[str, Any]) -> Iterator[str]:
 
 def _model_lines(model: dict[str, Any] | None) -> Iterator[str]:
     if model is None:
-        yield "model: none given; turbo generate would use the built-in one"
+        yield "model: none given; turbo generate would use the built-in tiny random one"
     elif "problem" not in model:
         yield f"model: {model['layout']}"
         for component, part in model["components"].items():

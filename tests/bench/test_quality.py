@@ -189,16 +189,11 @@ def test_the_grid_has_a_row_for_each_prompt(folder: Path, results: dict[str, Any
         assert grid.height > 2 * 2 * 256  # of 64 x 48 pixels, 192 wide
 
 
-def test_the_built_in_model_is_not_taken_for_z_image(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_the_built_in_model_is_called_random(folder: Path, capsys: pytest.CaptureFixture[str]):
     plan = write_plan(folder / "one.yaml", Plan(stages=(replace(STAGES[1], denoise=1.0),)))
     command = ["--plan", str(plan), "--prompts", "1", "--options", "easycache", "--device", "cpu"]
     assert quality.main(command) == 0
-    assert (
-        "trained on coloured shapes, so nothing here is about Z-Image itself"
-        in capsys.readouterr().out
-    )
+    assert "of random weights, so nothing here is about Z-Image itself" in capsys.readouterr().out
 
 
 def test_an_option_that_changes_nothing_is_identical(folder: Path, tmp_path: Path):

@@ -23,13 +23,13 @@ from turbo.compile.cache import pack, write_entry
 
 from tests.conftest import REPOSITORY
 from turbo import __version__, commands
-from turbo.builtin import builtin_model
 from turbo.checkpoint import Checkpoint
 from turbo.cli import CAPTURES, main
 from turbo.commands import parse_lora
 from turbo.errors import BadInputError, NonFiniteLatentError
 from turbo.image_file import read_metadata
 from turbo.plan import DEFAULT_PLAN, ModelSettings, Plan, load_plan, plan_to_dict
+from turbo.testing import builtin_model
 
 SMALL_PLAN = """\
 generation:
@@ -178,7 +178,7 @@ def test_a_bare_prompt_uses_the_default_plan_and_says_what_model(
         r"turbo-7\.png: seed 7, \d+\.\d\d s, network calls skipped: stage2 9 of 16\n", out
     )
     assert err.count("\n") == 1
-    assert "the built-in one paints coloured shapes" in err
+    assert "built-in tiny random one" in err
     assert "--model (or TURBO_MODEL)" in err
     assert os.listdir(folder) == ["turbo-7.png"]
 
@@ -720,9 +720,16 @@ def test_listing_the_cache_does_not_import_torch(compiled: Path):
 # With the real engine and the built-in model.
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the built-in model is kept for these tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def small(folder: Path) -> list[str]:
+def small(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Arguments for a quick picture."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     Path("plan.yaml").write_text(SMALL_PLAN)
     return ["generate", "a lighthouse", "--plan", "plan.yaml", "--seed", "42"]
 
@@ -736,7 +743,7 @@ def test_the_built_in_model_makes_pictures(small: list[str]):
     done = turbo(*small, "-o", "a.png", "--save-stages")
     assert done.returncode == 0
     assert done.stderr.count("\n") == 1
-    assert "the built-in one paints coloured shapes" in done.stderr
+    assert "built-in tiny random one" in done.stderr
     assert re.match(r"a\.png: seed 42, \d", done.stdout)
     assert pixels("a.png").shape == (96, 80, 3)
     assert pixels("a-stage1.png").shape == (64, 64, 3)

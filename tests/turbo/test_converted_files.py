@@ -70,7 +70,7 @@ def test_files_are_those_that_are_made_in_the_layout(layout: str, tmp_path: Path
             wanted, given = load_file(path), load_file(same)
             assert wanted.keys() == given.keys()
             assert all(torch.equal(wanted[name], given[name]) for name in wanted)
-        elif path.suffix == ".json":
+        elif path.suffix == ".json" and path.name != "contents.json":
             assert json.loads(path.read_bytes()) == json.loads(same.read_bytes())
 
 
