@@ -222,7 +222,7 @@ def train_network(
     weights = painter.weights()
     for weight in weights.values():
         weight.requires_grad_(True)
-    train("network", weights, loss_of, schedule, folder, log, on_save, _matrices(weights))
+    train("network", weights, loss_of, schedule, folder, log, on_save, matrices_of(weights))
     for weight in weights.values():
         weight.requires_grad_(False)
 
@@ -248,7 +248,7 @@ def batch_loss(
     return painter.loss(clean, sigmas, noise, painter.caption(ids, lengths))
 
 
-def _matrices(weights: Mapping[str, Tensor]) -> dict[str, int]:
+def matrices_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
     """The matrices within blocks, for Muon; some are several in one."""
 
     def stacked(name: str) -> int:

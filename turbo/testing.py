@@ -394,6 +394,7 @@ def _write_diffusers(
         },
         dtype,
         _control_token_id("<|im_end|>"),
+        size.autoencoder.get("norm_num_groups", 32),
     )
     for component, place in DIFFUSERS_FILES.items():
         _save(to_diffusers(component, weights[component]), folder / place, dtype)

@@ -710,8 +710,9 @@ def test_an_unusable_cache_folder_costs_a_line_in_the_log(
     with cache.active():  # the traced graphs are not worth keeping, a file is
         Path(os.environ["TORCHINDUCTOR_CACHE_DIR"], "made.so").write_bytes(b"code")
     for _ in range(2):
-        got = engine.generate("a cat", seed=7)
-    assert bits(got) == bits(plain.generate("a cat", seed=7, plan=ONE_STAGE))
+        got = np.asarray(engine.generate("a cat", seed=7).image, dtype=np.int16)
+    wanted = np.asarray(plain.generate("a cat", seed=7, plan=ONE_STAGE).image, dtype=np.int16)
+    assert np.abs(got - wanted).max() <= 1  # what is traced may round otherwise
     lines = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert [record.name for record in lines] == ["turbo.compile.cache"]
     # Counted once, kept or not.
