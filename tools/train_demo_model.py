@@ -1,8 +1,8 @@
 """``python -m tools.train_demo_model --out DIR``: make the built-in model from nothing.
 
-An autoencoder, then a text encoder and a network together, then two LoRAs, on scenes that are drawn
-here. All of it depends on ``--seed`` alone, on one machine with one number of threads; it may be
-stopped at any point and goes on where it was.
+An autoencoder, a text encoder, then it and a network together, then two LoRAs, on scenes that are
+drawn here. All of it depends on ``--seed`` alone, on one machine with one number of threads; it may
+be stopped at any point and goes on where it was.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from tools.demo_network import (
     native_weights,
     train_network,
 )
+from tools.demo_text import train_text_encoder
 from tools.resumable import Schedule, write_tensors
 from turbo.diffusers_folder import (
     DIFFUSERS_FILES,
@@ -76,6 +77,7 @@ class Amounts:
 
     autoencoder: Schedule
     decoder: Schedule
+    text: Schedule
     network: Schedule
     lora: Schedule
     scenes: tuple[int, int, int]
@@ -85,6 +87,7 @@ class Amounts:
 WHOLE = Amounts(
     autoencoder=Schedule(steps=1500, rate=2e-3, ema=0.99),
     decoder=Schedule(steps=250, rate=1e-3, ema=0.98),
+    text=Schedule(steps=300, rate=3e-3, warm_up=20, ema=0.98),
     network=Schedule(steps=1500, rate=3e-3, warm_up=60, ema=0.995),
     lora=Schedule(steps=150, rate=3e-3, warm_up=20, ema=0.98),
     scenes=(6000, 600, 160),
@@ -93,6 +96,7 @@ WHOLE = Amounts(
 QUICK = Amounts(
     autoencoder=Schedule(steps=3, rate=2e-3),
     decoder=Schedule(steps=2, rate=1e-3),
+    text=Schedule(steps=2, rate=1e-3),
     network=Schedule(steps=3, rate=1e-3),
     lora=Schedule(steps=2, rate=1e-3),
     scenes=(8, 8, 2),
@@ -115,6 +119,9 @@ class _Trainer:
         """All phases; returns the LoRAs' tensors by name."""
         self._train_autoencoder()
         data = self._encode("scenes", self.amounts.scenes)
+        train_text_encoder(
+            self.painter, self.tokenizer, self.amounts.text, self.seed, self.work, self.log
+        )
         train_network(
             self.painter,
             data,
