@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Regex
 from tokenizers import Tokenizer as BackendTokenizer
@@ -40,6 +39,13 @@ MOST_SIGMA = (1.0, 0.78, 0.9)
 """The highest noise level that each stage of the workflow sees, and a little more."""
 DROPPED = 0.1
 """Share of captions replaced by the empty one, for guidance."""
+EMPHASIS = 8.0
+"""How many times more than the background things count at first. Without it the network had found
+no thing's place or colour after 1050 steps: they cover a tenth of a picture."""
+EMPHASISED = 0.7
+"""Share of the steps after which things count no more than the background: from there on the loss
+is flow matching's own."""
+_FAR = 0.5
 _PHASE = 2
 
 Log = Callable[[str], None]
@@ -180,11 +186,24 @@ class Painter:
         rotary = self.network.rotary_table(height, width, caption.shape[1])
         return cast(Tensor, self.network(latents, caption, modulation, rotary))
 
-    def loss(self, clean: Tensor, sigmas: Tensor, noise: Tensor, caption: Tensor) -> Tensor:
-        """Flow matching (arXiv:2210.02747): mean squared error of the velocity."""
+    def loss(
+        self,
+        clean: Tensor,
+        sigmas: Tensor,
+        noise: Tensor,
+        caption: Tensor,
+        emphasis: float = 0.0,
+    ) -> Tensor:
+        """Flow matching (arXiv:2210.02747): mean squared error of the velocity.
+
+        `emphasis` is how many times more than the background things count.
+        """
         mix = sigmas[:, None, None, None]
         noisy = (1 - mix) * clean + mix * noise
-        return F.mse_loss(self.velocity(noisy, sigmas, caption), noise - clean)
+        error = (self.velocity(noisy, sigmas, caption) - (noise - clean)).square()
+        if emphasis:
+            error = error * (1 + emphasis * _things_in(clean))
+        return error.mean()
 
     @torch.inference_mode()
     def sample(
@@ -217,7 +236,9 @@ def train_network(
     """Train network and text encoder in place."""
 
     def loss_of(step: int) -> Tensor:
-        return batch_loss(painter, data, empty, np.random.default_rng([seed, _PHASE, step]))
+        rng = np.random.default_rng([seed, _PHASE, step])
+        emphasis = emphasis_at(step / schedule.steps)
+        return batch_loss(painter, data, empty, rng, emphasis=emphasis)
 
     weights = painter.weights()
     for weight in weights.values():
@@ -233,6 +254,8 @@ def batch_loss(
     empty: tuple[Tensor, Tensor],
     rng: np.random.Generator,
     shares: Sequence[float] = SHARES,
+    *,
+    emphasis: float = 0.0,
 ) -> Tensor:
     """The loss of a random batch of one size."""
     size = int(rng.choice(len(SIZES), p=shares))
@@ -245,7 +268,18 @@ def batch_loss(
     noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), dtype=np.float32))
     level = torch.from_numpy(rng.random(len(rows), dtype=np.float32))
     sigmas = (3 * level / (1 + 2 * level)) if size == 0 else level * MOST_SIGMA[size]
-    return painter.loss(clean, sigmas, noise, painter.caption(ids, lengths))
+    return painter.loss(clean, sigmas, noise, painter.caption(ids, lengths), emphasis)
+
+
+def emphasis_at(share: float) -> float:
+    """How many times more things count after a share of the steps, from 0 to 1."""
+    return EMPHASIS * max(0.0, 1 - share / EMPHASISED)
+
+
+def _things_in(latents: Tensor) -> Tensor:
+    """1 where a latent is far from most of its picture, else 0: [batch, 1, rows, columns]."""
+    background = latents.flatten(2).median(2).values[..., None, None]
+    return ((latents - background).square().mean(1, keepdim=True) > _FAR).float()
 
 
 def matrices_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
