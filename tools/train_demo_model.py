@@ -88,7 +88,7 @@ WHOLE = Amounts(
     autoencoder=Schedule(steps=1500, rate=2e-3, ema=0.99),
     decoder=Schedule(steps=250, rate=1e-3, ema=0.98),
     text=Schedule(steps=300, rate=3e-3, warm_up=20, ema=0.98),
-    network=Schedule(steps=1500, rate=3e-3, warm_up=60, ema=0.995),
+    network=Schedule(steps=2400, rate=3e-3, warm_up=60, ema=0.995),
     lora=Schedule(steps=150, rate=3e-3, warm_up=20, ema=0.98),
     scenes=(6000, 600, 160),
     lora_scenes=(640, 80, 8),
