@@ -12,8 +12,8 @@ from pathlib import Path
 
 from bench.arguments import Parser
 from bench.endings import OK, exit_code, require_writable
+from turbo.converted_files import LAYOUTS
 from turbo.testing import (
-    LAYOUTS,
     TINY,
     TINY_AUTOENCODER,
     TINY_TEXT_ENCODER,

@@ -84,7 +84,7 @@ def train_autoencoder(
 
     def tell(step: int) -> None:
         with torch.inference_mode():
-            log(f"step {step}: {psnr_on_scenes(autoencoder, seed, 3):.2f} dB")
+            log(f"autoencoder: {psnr_on_scenes(autoencoder, seed, 3):.2f} dB after step {step}")
 
     autoencoder.requires_grad_(True)
     weights = dict(autoencoder.named_parameters())

@@ -236,6 +236,7 @@ def quantize(args: Namespace) -> None:
 def convert(args: Namespace) -> None:
     """``turbo convert``: write a model in another layout of its files."""
     from turbo.converted_files import COMFYUI_NORM_GROUPS, norm_groups, write_converted
+    from turbo.names import COMPONENT_WORDS
     from turbo.progress import ProgressBar
 
     out = Path(os.path.expanduser(args.output))
@@ -243,7 +244,7 @@ def convert(args: Namespace) -> None:
     given = {name: _expand(getattr(args, name)) for name in (
         "diffusion_model", "text_encoder", "vae", "tokenizer")}  # fmt: skip
     files = ModelPaths(_expand(args.model), given).find()
-    labels = {name: f"write {name.replace('_', ' ')}" for name in files.open()}
+    labels = {name: f"write {words}" for name, words in COMPONENT_WORDS.items()}
     with ProgressBar(sys.stderr, labels, quiet=args.quiet) as progress:
         write_converted(files, out, args.layout, progress)
     if args.quiet:

@@ -12,9 +12,9 @@ from torch import Tensor
 from turbo.checkpoint import NORM_GROUPS_KEY, Checkpoint
 from turbo.diffusers_folder import DIFFUSERS_FILES, diffusers_configs, write_json, write_pipeline
 from turbo.errors import BadInputError
-from turbo.model_files import PREFERRED_FILES, ModelFiles
+from turbo.model_files import COMFYUI_FOLDERS, PREFERRED_FILES, ModelFiles
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER, diffusers_names, is_plain_matrix
-from turbo.quantized_files import COMFYUI_FOLDERS, copy_tokenizer
+from turbo.quantized_files import copy_tokenizer
 from turbo.tensor_file import write_streamed
 from turbo.tokenizer import Tokenizer
 from turbo.whole_file import whole_folder
@@ -76,7 +76,7 @@ def _write_comfyui(
 ) -> None:
     groups = norm_groups(checkpoints)
     for component, checkpoint in checkpoints.items():
-        path = folder / COMFYUI_FOLDERS[component] / PREFERRED_FILES[component]
+        path = folder / COMFYUI_FOLDERS[component][0] / PREFERRED_FILES[component]
         path.parent.mkdir()
         names = {name: (name,) for name in checkpoint.shapes}
         is_unusual = component == AUTOENCODER and groups != COMFYUI_NORM_GROUPS
@@ -115,9 +115,10 @@ def _stream(
     """Write one file; `names` has the file's names of the rows of each native tensor."""
     outline: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, parts in names.items():
-        rows, *rest = checkpoint.shapes[name] or (1,)
-        shape = (rows // len(parts), *rest) if checkpoint.shapes[name] else ()
-        if (*parts,) != (name,) and is_plain_matrix(name):
+        shape = checkpoint.shapes[name]
+        if len(parts) > 1:
+            shape = (shape[0] // len(parts), *shape[1:])
+        if is_plain_matrix(name) and name not in parts:
             shape = shape[:2]  # diffusers has a matrix for a convolution of 1x1
         outline |= {part: (checkpoint.float_dtype(name), shape) for part in parts}
     order = checkpoint.reading_order(checkpoint.shapes)

@@ -34,15 +34,16 @@ PREFERRED_FILES: Mapping[str, str] = {
 }
 """The workflow's own file names, which win when a folder holds several candidates."""
 
-_COMFYUI_FOLDERS: Mapping[str, tuple[str, ...]] = {
+COMFYUI_FOLDERS: Mapping[str, tuple[str, ...]] = {
     NETWORK: ("diffusion_models", "unet"),
     TEXT_ENCODER: ("text_encoders", "clip"),
     AUTOENCODER: ("vae",),
 }
+"""Where ComfyUI keeps each component, below ``models``; what is written goes into the first."""
 _CHECKPOINTS = "checkpoints"
-_COMFYUI_NAMES = {name for names in _COMFYUI_FOLDERS.values() for name in names} | {_CHECKPOINTS}
+_COMFYUI_NAMES = {name for names in COMFYUI_FOLDERS.values() for name in names} | {_CHECKPOINTS}
 _LORAS = "loras"
-_DIFFUSERS_FOLDERS = {NETWORK: "transformer", TEXT_ENCODER: "text_encoder", AUTOENCODER: "vae"}
+DIFFUSERS_FOLDERS = {NETWORK: "transformer", TEXT_ENCODER: "text_encoder", AUTOENCODER: "vae"}
 _ARGUMENTS = {NETWORK: "diffusion_model", TEXT_ENCODER: "text_encoder", AUTOENCODER: "vae"}
 _SUFFIXES = (".safetensors", ".gguf")
 _MODEL_SUFFIXES = {*_SUFFIXES, ".sft", ".ckpt", ".pt", ".pth", ".bin"}
@@ -225,7 +226,7 @@ class _Home:
         if self.path is not None and self.layout == "files":
             groups.append([self.path])
         if self.models is not None:
-            groups.append([self.models / name for name in _COMFYUI_FOLDERS[component]])
+            groups.append([self.models / name for name in COMFYUI_FOLDERS[component]])
             groups.append([self.models / _CHECKPOINTS])
         return groups
 
@@ -265,7 +266,7 @@ def _resolve_name(component: str, name: Path | str, home: _Home) -> Path:
 
 def _fill_diffusers(home: _Home, chosen: Mapping[str, Path]) -> dict[str, Path]:
     files = dict(chosen)
-    for component, name in _DIFFUSERS_FOLDERS.items():
+    for component, name in DIFFUSERS_FOLDERS.items():
         folder = (home.path or Path()) / name
         if component not in files and not isdir(folder):
             argument = _ARGUMENTS[component]
@@ -401,7 +402,7 @@ def _tokenizer_places(home: _Home, text_encoder: Path) -> Iterator[Path]:
         yield home.path
     if home.models is not None:
         yield home.models / _TOKENIZER
-        for name in _COMFYUI_FOLDERS[TEXT_ENCODER]:
+        for name in COMFYUI_FOLDERS[TEXT_ENCODER]:
             yield home.models / name
     beside = text_encoder if isdir(text_encoder) else text_encoder.absolute().parent
     yield beside / _TOKENIZER

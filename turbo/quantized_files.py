@@ -20,14 +20,12 @@ from turbo.checkpoint import Checkpoint
 from turbo.components import Components, component_dtypes
 from turbo.errors import BadInputError, CheckpointError
 from turbo.messages import reason
-from turbo.model_files import PREFERRED_FILES, ModelFiles
+from turbo.model_files import COMFYUI_FOLDERS, DIFFUSERS_FOLDERS, PREFERRED_FILES, ModelFiles
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.quantize import METADATA_KEY, QUANTIZATIONS, VALUE_DTYPES, QuantizedRows
 from turbo.tensor_file import Outline, write_streamed
 from turbo.whole_file import whole_folder
 
-COMFYUI_FOLDERS = {NETWORK: "diffusion_models", TEXT_ENCODER: "text_encoders", AUTOENCODER: "vae"}
-DIFFUSERS_FOLDERS = {NETWORK: "transformer", TEXT_ENCODER: "text_encoder", AUTOENCODER: "vae"}
 _SCALE = "_scale"
 _COPIED_BYTES = 8 << 20
 
@@ -87,7 +85,8 @@ class _Writer:
         self.is_diffusers = files.layout == "diffusers"
 
     def write(self, folder: Path, kind: str, matrices: set[str]) -> None:
-        places = DIFFUSERS_FOLDERS if self.is_diffusers else COMFYUI_FOLDERS
+        comfyui = {part: names[0] for part, names in COMFYUI_FOLDERS.items()}
+        places = DIFFUSERS_FOLDERS if self.is_diffusers else comfyui
         network = folder / places[NETWORK] / self._network_name(kind)
         network.parent.mkdir(parents=True)
         self._stream(NETWORK, network, kind, matrices)

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from turbo.cache_folder import user_cache
+from turbo.converted_files import LAYOUTS
 from turbo.diffusers_folder import (
     DIFFUSERS_FILES,
     diffusers_configs,
@@ -33,9 +34,8 @@ from turbo.diffusers_folder import (
     write_pipeline,
 )
 from turbo.errors import BadInputError, SaveError
+from turbo.model_files import COMFYUI_FOLDERS, PREFERRED_FILES
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
-
-LAYOUTS = ("comfyui", "diffusers")
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -371,12 +371,8 @@ def _write_comfyui(
 ) -> None:
     models = folder / "models"
     (models / "loras").mkdir(parents=True)
-    for component, place in (
-        (NETWORK, "diffusion_models/z_image_turbo_bf16.safetensors"),
-        (TEXT_ENCODER, "text_encoders/qwen_3_4b.safetensors"),
-        (AUTOENCODER, "vae/ae.safetensors"),
-    ):
-        _save(weights[component], models / place, dtype)
+    for component, (place, *_) in COMFYUI_FOLDERS.items():
+        _save(weights[component], models / place / PREFERRED_FILES[component], dtype)
     write_tokenizer(models / "tokenizer")
 
 
