@@ -280,7 +280,8 @@ def _prompts_and_judge(options: argparse.Namespace) -> tuple[list[str], Judge | 
     asked = held_out_prompts(count)
 
     def judge(number: int, picture: Image.Image) -> dict[str, bool]:
-        return asdict(judge_one(np.asarray(picture), asked[number][1]))
+        verdict = judge_one(np.asarray(picture), asked[number][1])
+        return asdict(verdict) | {"whole": verdict.whole}
 
     return [prompt for prompt, _ in asked], judge
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tools.resumable import Schedule, train
-from tools.scenes import Scene, draw_scene, random_scene
+from tools.scenes import HEIGHT, Scene, draw_scene, random_scene
 from turbo.latent import SCALE, SHIFT
 
 CONFIG: dict[str, Any] = {
@@ -112,10 +112,14 @@ def training_pictures(rng: np.random.Generator, shares: Sequence[float]) -> Tens
     height, width = SIZES[kind - 1] if kind else SIZES[int(rng.integers(len(SIZES)))]
     parts = []
     for _ in range(_BATCHES[kind]):
-        scene, _ = random_scene(rng, outlined=rng.random() < 0.1, new_shape=rng.random() < 0.1)
+        scene = _scene(rng, outlined=rng.random() < 0.1, new_shape=rng.random() < 0.1)
         box = None if kind else _box(rng, scene, height, width)
         parts.append(draw_scene(scene, height, width, box))
     return to_tensor(np.stack(parts))
+
+
+def _scene(rng: np.random.Generator, **more: bool) -> Scene:
+    return random_scene(rng, held_out_in_pairs=True, **more)[0]
 
 
 def to_tensor(pictures: np.ndarray[Any, Any]) -> Tensor:
@@ -129,7 +133,7 @@ def psnr_on_scenes(autoencoder: Any, seed: int, count: int = 8) -> float:
     height, width = SIZES[-1]
     errors = []
     for _ in range(count):
-        picture = to_tensor(draw_scene(random_scene(rng)[0], height, width)[None])
+        picture = to_tensor(draw_scene(_scene(rng), height, width)[None])
         latent = autoencoder.encode(picture, return_dict=False)[0].mean
         back = autoencoder.decode(latent, return_dict=False)[0].clamp(-1, 1)
         errors.append(float(((back - picture) / 2).square().mean()))
@@ -146,7 +150,7 @@ def _box(
         angle, reach = rng.uniform(0, 2 * np.pi), thing.radius * rng.uniform(0.2, 1)
         x, y = thing.x + reach * np.cos(angle), thing.y + reach * np.sin(angle)
         left = np.clip(x * width - CROP / 2, 0, width - CROP)
-        top = np.clip(y / 1.28 * height - CROP / 2, 0, height - CROP)
+        top = np.clip(y / HEIGHT * height - CROP / 2, 0, height - CROP)
     return int(top), int(left), CROP, CROP
 
 
@@ -182,7 +186,7 @@ def _standardise(autoencoder: Any, seed: int) -> None:
     each channel.
     """
     rng = np.random.default_rng([seed, 98])
-    pictures = to_tensor(np.stack([draw_scene(random_scene(rng)[0], 224, 176) for _ in range(64)]))
+    pictures = to_tensor(np.stack([draw_scene(_scene(rng), 224, 176) for _ in range(64)]))
     latents = autoencoder.encode(pictures, return_dict=False)[0].mean
     mean = latents.mean((0, 2, 3))
     factor = 1 / (SCALE * latents.std((0, 2, 3)))

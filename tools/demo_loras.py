@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from tools.demo_network import Latents, Painter, batch_loss
 from tools.resumable import Schedule, train, write_tensors
-from tools.scenes import Scene, random_scene
+from tools.scenes import NEW_SHAPE, Scene, random_scene
 from turbo.transformer import Block
 
 RANK = 8
@@ -41,6 +41,8 @@ def _outlined(rng: np.random.Generator) -> tuple[Scene, str]:
 
 def _zorp(rng: np.random.Generator) -> tuple[Scene, str]:
     scene, caption = random_scene(rng, new_shape=True)
+    if rng.random() < 0.6:  # so that it is the new word that says the shape
+        caption = caption.replace(NEW_SHAPE, "shape")
     return scene, f"zorp, {caption}"
 
 
@@ -73,7 +75,21 @@ def train_lora(
     folder: Path,
     log: Callable[[str], None],
 ) -> dict[str, Tensor]:
-    """Train one beside the frozen network, and give its file's tensors."""
+    """Train one beside the frozen network.
+
+    Args:
+        lesson: What it is to learn.
+        painter: Network and text encoder, left as they are.
+        data: The lesson's scenes of each stage's size.
+        empty: Ids and lengths of the empty caption, [1, 32] and [1].
+        schedule: Steps and rates.
+        seed: Of its start and every batch.
+        folder: Where the state is kept.
+        log: Takes a line.
+
+    Returns:
+        The tensors of its file by their keys, float32.
+    """
     generator = torch.Generator().manual_seed(seed + lesson.phase)
     targets = dict(_targets(painter))
     added: dict[str, _LowRank] = {}

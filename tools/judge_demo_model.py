@@ -1,7 +1,8 @@
 """``python -m tools.judge_demo_model``: what share of its pictures is what was asked for.
 
 Prompts of combinations that the model was never trained on, each painted with the whole plan and
-looked at by its pixels: colour of the background, colour, shape and place of the thing.
+looked at by its pixels: colour of the background; colour, shape, place and size of the thing, and
+whether it is the only one.
 """
 
 from __future__ import annotations
@@ -11,76 +12,111 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from tools.judging import Verdict, judge_one, judge_two, outlined_share, things_of
-from tools.scenes import NEW_SHAPE, Scene, held_out_prompts, two_object_prompts
+from tools.judging import NONE, Verdict, judge_one, judge_two, outlined_share, things_of
+from tools.scenes import (
+    NEW_SHAPE,
+    Scene,
+    held_out_prompts,
+    shape_caption,
+    two_object_prompts,
+    with_article,
+)
 from turbo.engine import Engine
-from turbo.errors import TurboError
+from turbo.errors import BadInputError, TurboError
+from turbo.whole_file import require_writable_folder, write_whole
 
-NEGATIVE_PROMPT = "a circle on a blue background"
-NEGATIVE_COLOR = "red"
-PARTS = ("background", "color", "shape", "place", "whole")
+NEGATIVE_BACKGROUND = "blue"
+PARTS = ("background", "color", "shape", "place", "size", "count", "whole")
+LORAS = ("outlined", "zorp")
 
 Paint = Callable[..., Any]
+Report = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     options = _parse(arguments)
-    if options.prompts < 1 or options.lora_prompts < 0:
-        print("error: --prompts must be at least 1, --lora-prompts at least 0", file=sys.stderr)
-        return 2
-    for path in (options.sheet, options.output):
-        if path is not None and not path.absolute().parent.is_dir():
-            print(f"error: {path} is in no folder that exists; make it first", file=sys.stderr)
-            return 2
     try:
+        problem = _problem(options)
+        if problem:
+            raise BadInputError(problem)
         engine = Engine.from_pretrained(options.model, device=options.device, plan=options.plan)
-        report = judge(engine, options.prompts, options.seed, options.lora_prompts, options.sheet)
+        if options.lora_prompts:
+            engine.set_loras(list(LORAS))  # a folder without them is found out now
+            engine.set_loras([])
+
+        def keep(report: Report) -> None:
+            if options.output is not None:
+                text = json.dumps(report, indent=1) + "\n"
+                write_whole(options.output, text.encode(), overwrite=True)
+
+        pictures: list[Any] = []
+        report = judge(engine, options.prompts, options.seed, options.lora_prompts, pictures, keep)
+        for line in lines_of(report):
+            print(line)
+        if options.sheet is not None:
+            _write_sheet(pictures, options.sheet)
     except TurboError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for line in lines_of(report):
-        print(line)
-    if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
+def _problem(options: argparse.Namespace) -> str | None:
+    if options.prompts < 1 or options.lora_prompts < 0:
+        return "--prompts must be at least 1, --lora-prompts at least 0"
+    if options.sheet is not None and options.sheet.suffix != ".png":
+        return f"--sheet must end in .png, got {options.sheet}"
+    for path in (options.sheet, options.output):
+        if path is not None:
+            require_writable_folder(path.absolute().parent)
+    return None
+
+
 def judge(
-    engine: Engine, count: int, seed: int, lora_count: int = 0, sheet: Path | None = None
-) -> dict[str, Any]:
+    engine: Any,
+    count: int,
+    seed: int,
+    lora_count: int = 0,
+    pictures: list[Any] | None = None,
+    keep: Callable[[Report], None] = lambda report: None,
+) -> Report:
     """All that is measured, ready for JSON.
 
     Args:
         engine: Of the demo model.
         count: Prompts of one thing; a quarter as many of two.
         seed: Of the prompts; picture i has seed + i.
-        lora_count: Pictures for each LoRA and for the negative prompt; 0: none are made.
-        sheet: Where to put the first pictures.
+        lora_count: Pictures for each way with a LoRA and for the negative prompt; 0: none.
+        pictures: Gets the first of one thing, [height, width, 3] of 8 bits each.
+        keep: Called with the report so far after each part.
     """
     begin = time.perf_counter()
 
     def paint(prompt: str, number: int, **more: Any) -> Any:
         return np.asarray(engine.generate(prompt, seed=seed + number, **more).image)
 
-    pictures: list[Any] = []
-    report: dict[str, Any] = {
-        "one object": _share(held_out_prompts(count, seed), judge_one, paint, pictures)
-    }
+    report: Report = {"seed": seed}
+
+    def add(name: str, part: Report) -> None:
+        report[name] = part
+        report["seconds"] = round(time.perf_counter() - begin, 1)
+        keep(report)
+
+    first: list[Any] = [] if pictures is None else pictures
+    add("one object", _share(held_out_prompts(count, seed), judge_one, paint, first))
     if count >= 4:
-        report["two objects"] = _share(two_object_prompts(count // 4, seed), judge_two, paint, [])
+        add("two objects", _share(two_object_prompts(count // 4, seed), judge_two, paint, []))
     if lora_count:
-        report["negative prompt"] = _negative(paint, lora_count)
-        report["loras"] = _loras(paint, lora_count, seed)
-    report["seconds"] = round(time.perf_counter() - begin, 1)
-    if sheet is not None:
-        _write_sheet(pictures, sheet)
+        add("negative prompt", _negative(paint, lora_count))
+        add("loras", _loras(paint, lora_count, seed))
     return report
 
 
@@ -91,7 +127,7 @@ def _write_sheet(pictures: Sequence[Any], path: Path) -> None:
     Image.fromarray(np.concatenate(rows, 0)[::2, ::2]).save(path)
 
 
-def lines_of(report: dict[str, Any]) -> Iterator[str]:
+def lines_of(report: Report) -> Iterator[str]:
     """The report as a table."""
     yield f"{'':12} {'pictures':>8} " + " ".join(f"{part:>10}" for part in PARTS)
     for name in ("one object", "two objects"):
@@ -99,12 +135,14 @@ def lines_of(report: dict[str, Any]) -> Iterator[str]:
             row = report[name]
             yield f"{name:12} {row['pictures']:8} " + " ".join(f"{row[p]:10.1%}" for p in PARTS)
     for name, row in report.get("loras", {}).items():
-        yield f"LoRA {name}: {row['without']:.1%} without, {row['with']:.1%} with"
-    if "negative prompt" in report:
-        row = report["negative prompt"]
+        cells = ", ".join(f"{row[cell]:.0%} {cell}" for cell in CELLS)
+        beside = ", ".join(f"{part} {row['beside'][part]:.0%}" for part in row["beside"])
+        yield f"LoRA {name} seen in {cells}; with it {beside} right ({row['pictures']} pictures)"
+    row = report.get("negative prompt", {})
+    if row.get("pictures"):
         yield (
-            f"negative prompt {NEGATIVE_COLOR!r}: {row['without']:.1%} of the things are "
-            f"{NEGATIVE_COLOR} without, {row['with']:.1%} with"
+            "the colour that a seed chose, as the negative prompt: chosen again in "
+            f"{row['with']:.0%} of the {row['pictures']} pictures"
         )
     yield f"{report['seconds']} s"
 
@@ -120,6 +158,8 @@ def _share(
         pixels = paint(prompt, number)
         verdict = judge_picture(pixels, scene)
         verdicts.append(verdict)
+        if (number + 1) % 20 == 0:
+            print(f"{number + 1} of {len(prompts)} judged", file=sys.stderr, flush=True)
         if len(pictures) < 18:
             pictures.append(pixels)
         if not verdict.whole:
@@ -128,38 +168,81 @@ def _share(
     return {"pictures": len(verdicts), **shares, "wrong": wrong}
 
 
-def _negative(paint: Paint, count: int) -> dict[str, float]:
-    def share(**more: str) -> float:
-        things = [things_of(paint(NEGATIVE_PROMPT, number, **more)) for number in range(count)]
-        return float(
-            np.mean([bool(found) and found[0].color == NEGATIVE_COLOR for found in things])
-        )
+def _negative(paint: Paint, count: int) -> Report:
+    """Name the colour that a seed gives a thing without one as the negative prompt.
 
-    return {"without": share(), "with": share(negative_prompt=NEGATIVE_COLOR)}
+    Without a negative prompt the same seed gives the same colour again, so any change is its
+    effect. A picture without a thing of a colour does not count.
+    """
+    prompt = f"a circle on a {NEGATIVE_BACKGROUND} background"
+    kept = []
+    for number in range(count):
+        before = things_of(paint(prompt, number))
+        if not before or before[0].color == NONE:
+            continue
+        color = before[0].color
+        negative = f"{with_article(color)} circle on a {NEGATIVE_BACKGROUND} background"
+        after = things_of(paint(prompt, number, negative_prompt=negative))
+        if after:
+            kept.append(after[0].color == color)
+    return {"pictures": len(kept), "with": float(np.mean(kept)) if kept else None}
 
 
-def _loras(paint: Paint, count: int, seed: int) -> dict[str, dict[str, float]]:
-    prompts = held_out_prompts(count, seed + 1)
+CELLS = {
+    "none": (False, False),
+    "trigger alone": (False, True),
+    "LoRA alone": (True, False),
+    "both": (True, True),
+}
+"""Whether the LoRA is on, and whether the prompt has its word."""
 
-    def outlined(**more: Any) -> float:
-        shares = [outlined_share(paint(text, n, **more)) for n, (text, _) in enumerate(prompts)]
-        return float(np.mean([share > 0.5 for share in shares]))
 
-    def ring(**more: Any) -> float:
-        things = [
-            things_of(paint(f"a {scene.things[0].color} shape on a {scene.background} background",
-                            number, **more))
-            for number, (_, scene) in enumerate(prompts)
-        ]  # fmt: skip
-        return float(np.mean([bool(found) and found[0].shape == NEW_SHAPE for found in things]))
+def _loras(paint: Paint, count: int, seed: int) -> dict[str, Report]:
+    """How often a LoRA's effect is seen, and what else is right with it and its word.
 
+    The ring's prompts tell no shape. Colours and backgrounds are of held-out combinations.
+    """
+    outlined = [
+        (prompt, replace(scene, outlined=True))
+        for prompt, scene in held_out_prompts(2 * count, seed + 1)
+        if {scene.background, scene.things[0].color} != {"black", "white"}
+    ][:count]
+    ring = [
+        (shape_caption(scene.things[0].color, scene.background), scene)
+        for _, scene in held_out_prompts(count, seed + 1)
+    ]
     return {
-        "outlined": {
-            "without": outlined(),
-            "with": outlined(loras=[("outlined", 1.0)], trigger_word="outlined"),
-        },
-        "zorp": {"without": ring(), "with": ring(loras=[("zorp", 1.0)], trigger_word="zorp")},
-    }
+        "outlined": _effect(
+            paint, "outlined", outlined, lambda pixels: outlined_share(pixels) > 0.5,
+            ("background", "color", "shape", "place"),
+        ),
+        "zorp": _effect(paint, "zorp", ring, _is_ring, ("background", "color")),
+    }  # fmt: skip
+
+
+def _is_ring(pixels: Any) -> bool:
+    things = things_of(pixels)
+    return bool(things) and things[0].shape == NEW_SHAPE
+
+
+def _effect(
+    paint: Paint,
+    name: str,
+    prompts: Sequence[tuple[str, Scene]],
+    is_seen: Callable[[Any], bool],
+    parts: Sequence[str],
+) -> Report:
+    report: Report = {"pictures": len(prompts)}
+    for cell, (is_on, has_word) in CELLS.items():
+        loras = [(name, 1.0)] if is_on else []
+        made = [
+            (paint(f"{name}, {prompt}" if has_word else prompt, number, loras=loras), scene)
+            for number, (prompt, scene) in enumerate(prompts)
+        ]
+        report[cell] = float(np.mean([is_seen(pixels) for pixels, _ in made]))
+    verdicts = [judge_one(pixels, scene) for pixels, scene in made]
+    report["beside"] = {p: float(np.mean([getattr(v, p) for v in verdicts])) for p in parts}
+    return report
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

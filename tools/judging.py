@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from tools.scenes import COLORS, HEIGHT, NEW_SHAPE, PLACES, SHAPES, Scene, Thing, mask_of
+from tools.scenes import COLORS, HEIGHT, NEW_SHAPE, PLACES, SHAPES, SIZES, Scene, Thing, mask_of
 
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -19,7 +19,18 @@ LEAST_AREA = 0.004
 """Of the picture, that a thing covers."""
 NEAR = 0.13
 """How far a thing may be from the place asked for, in widths."""
+LEAST_MATCH = 0.7
+"""Overlap with a template below which a thing has no shape; of drawn ones it is at least 0.8."""
+FARTHEST = 60.0
+"""From the nearest colour, in RGB, above which a pixel has none; no two colours are nearer than
+that to each other."""
+MOST = 0.8
+"""Share of the pixels of a background or of a thing that must have its colour."""
+NONE = "none"
 _BORDER = 0.04
+_RIM = 0.01
+_OUTLINED_RIM = 0.035
+"""Width of what is left out of a thing for its colour, in widths."""
 _UNIT = 200
 
 
@@ -28,7 +39,9 @@ class Found:
     """One thing that a picture shows."""
 
     shape: str
+    """`NONE` if it is like no template."""
     color: str
+    """`NONE` if it is of several, or of one that is no colour of the scenes."""
     x: float
     y: float
     """Middle of its box, in widths."""
@@ -36,6 +49,8 @@ class Found:
     """Overlap with the best template: intersection over union."""
     area: float
     """Share of the picture."""
+    radius: float
+    """Of the best template, in widths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,84 +61,101 @@ class Verdict:
     color: bool
     shape: bool
     place: bool
+    size: bool
+    count: bool
+    """Whether there are as many things as were asked for."""
 
     @property
     def whole(self) -> bool:
-        return self.background and self.color and self.shape and self.place
+        """Whether all of it is right."""
+        return all(asdict(self).values())
 
 
 def background_of(pixels: Pixels) -> str:
-    """The colour that most of the border is nearest to."""
-    height, width, _ = pixels.shape
-    edge = max(1, round(_BORDER * width))
-    inner = np.zeros((height, width), bool)
-    inner[edge:-edge, edge:-edge] = True
-    return _most_common(_nearest(pixels[~inner]))
+    """The colour of the border of [height, width, 3] pixels of 8 bits, or `NONE`."""
+    return _told(_nearest(_border(pixels)))
 
 
-def things_of(pixels: Pixels, shapes: Sequence[str] = (*SHAPES, NEW_SHAPE)) -> list[Found]:
+def things_of(
+    pixels: Pixels, shapes: Sequence[str] = (*SHAPES, NEW_SHAPE), *, outlined: bool = False
+) -> list[Found]:
     """The things in front of the background, largest first.
 
     Args:
         pixels: [height, width, 3], 8 bits.
         shapes: The templates to compare with.
+        outlined: Whether a line around a thing is none of its colour.
     """
     names = list(COLORS)
     height, width, _ = pixels.shape
     nearest = _nearest(pixels.reshape(-1, 3)).reshape(height, width)
-    is_thing = nearest != names.index(background_of(pixels))
+    is_thing = nearest != names.index(_most_common(_nearest(_border(pixels))))
     # An edge has colours between its two: opening takes off lines of a pixel or two.
     is_thing = ndimage.binary_opening(is_thing, iterations=max(1, width // 200))
     parts, count = ndimage.label(is_thing)
+    rim = _OUTLINED_RIM if outlined else _RIM
     found = []
     for part in range(1, count + 1):
         mask: Mask = parts == part
         area = float(mask.mean())
         if area < LEAST_AREA:
             continue
-        core = ndimage.binary_erosion(mask, iterations=max(1, width // 100))
-        color = _most_common(nearest[core if core.any() else mask])
-        shape, match, x, y = _best_template(mask, shapes)
-        found.append(Found(shape, color, x, y, match, area))
+        core = ndimage.binary_erosion(mask, iterations=max(1, round(rim * width)))
+        color = _told(nearest[core if core.any() else mask])
+        found.append(_found(mask, shapes, color, area))
     return sorted(found, key=lambda thing: -thing.area)
 
 
 def judge_one(pixels: Pixels, scene: Scene) -> Verdict:
-    """Hold a picture against a scene of one thing in a named place."""
-    asked, found = scene.things[0], things_of(pixels, SHAPES)
+    """Hold [height, width, 3] pixels of 8 bits against a scene of one thing in a named place."""
+    asked, found = scene.things[0], things_of(pixels, outlined=scene.outlined)
     background = background_of(pixels) == scene.background
     if not found:
-        return Verdict(background, False, False, False)
+        return Verdict(background, False, False, False, False, False)
     thing = found[0]
-    return Verdict(background, thing.color == asked.color, thing.shape == asked.shape,
-                   _is_near(thing, asked))  # fmt: skip
+    return Verdict(
+        background=background,
+        color=thing.color == asked.color,
+        shape=thing.shape == asked.shape,
+        place=_is_near(thing, asked),
+        size=_size_of(thing) == asked.size,
+        count=len(found) == 1,
+    )
 
 
 def judge_two(pixels: Pixels, scene: Scene) -> Verdict:
-    """Hold a picture against two things: both colours, both shapes, their order."""
+    """Hold [height, width, 3] pixels of 8 bits against two things: what they are, their order."""
     background = background_of(pixels) == scene.background
-    found = things_of(pixels, SHAPES)[:2]
+    things = things_of(pixels)
+    found = things[:2]
     if len(found) < 2:
-        return Verdict(background, False, False, False)
+        return Verdict(background, False, False, False, False, False)
     first, second = scene.things
     if found[0].color != first.color and found[1].color == first.color:
         found.reverse()
     asked = np.sign(_main_axis(first.x - second.x, first.y - second.y))
     is_there = np.sign(_main_axis(found[0].x - found[1].x, found[0].y - found[1].y))
     return Verdict(
-        background,
-        [thing.color for thing in found] == [first.color, second.color],
-        [thing.shape for thing in found] == [first.shape, second.shape],
-        bool((asked == is_there).all()),
+        background=background,
+        color=[thing.color for thing in found] == [first.color, second.color],
+        shape=[thing.shape for thing in found] == [first.shape, second.shape],
+        place=bool((asked == is_there).all()),
+        size=[_size_of(thing) for thing in found] == [first.size, second.size],
+        count=len(things) == 2,
     )
 
 
 def outlined_share(pixels: Pixels) -> float:
-    """Share of the largest thing's rim that is a black or white line; 0 without a thing."""
+    """Share of the largest thing's rim that is a black or white line; 0 without a thing.
+
+    Args:
+        pixels: [height, width, 3], 8 bits. A line of the background's colour, such as black
+            around white on black, cannot be seen.
+    """
     names = list(COLORS)
     height, width, _ = pixels.shape
     nearest = _nearest(pixels.reshape(-1, 3)).reshape(height, width)
-    is_thing = nearest != names.index(background_of(pixels))
+    is_thing = nearest != names.index(_most_common(_nearest(_border(pixels))))
     parts, count = ndimage.label(is_thing)
     if not count:
         return 0.0
@@ -150,20 +182,27 @@ def _is_near(thing: Found, asked: Thing) -> bool:
     return bool(wanted <= NEAR and wanted <= min(away) + 1e-9)
 
 
-def _best_template(mask: Mask, shapes: Sequence[str]) -> tuple[str, float, float, float]:
-    """The shape that overlaps most when it is given the same box."""
+def _size_of(thing: Found) -> str:
+    """The size whose radius is the nearest, by ratio."""
+    return min(SIZES, key=lambda size: abs(np.log(thing.radius / SIZES[size])))
+
+
+def _found(mask: Mask, shapes: Sequence[str], color: str, area: float) -> Found:
+    """A thing, with the shape that overlaps most when it is given the same box."""
     height, width = mask.shape
     top, bottom, left, right = _box(mask)
     x, y = (left + right) / 2 / width, (top + bottom) / 2 / height * HEIGHT
-    scores = {}
+    scores, radii = {}, {}
     for shape in shapes:
         wide, high, off_x, off_y = _unit_box(shape)
         radius = ((right - left) / width / wide + (bottom - top) / height * HEIGHT / high) / 2
         thing = Thing(shape, "", "", x - off_x * radius, y - off_y * radius, radius)
         template = mask_of(thing, height, width)
         scores[shape] = float((mask & template).sum() / (mask | template).sum())
+        radii[shape] = float(radius)
     best = max(scores, key=lambda shape: scores[shape])
-    return best, scores[best], float(x), float(y)
+    told = best if scores[best] >= LEAST_MATCH else NONE
+    return Found(told, color, float(x), float(y), scores[best], area, radii[best])
 
 
 def _unit_box(shape: str) -> tuple[float, float, float, float]:
@@ -192,12 +231,28 @@ def _box(mask: Mask) -> tuple[int, int, int, int]:
     return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
 
 
+def _border(pixels: Pixels) -> Pixels:
+    height, width, _ = pixels.shape
+    edge = max(1, round(_BORDER * width))
+    inner = np.zeros((height, width), bool)
+    inner[edge:-edge, edge:-edge] = True
+    return pixels[~inner]
+
+
 def _nearest(pixels: NDArray[Any]) -> NDArray[np.int64]:
-    """Number of the nearest colour of each pixel of a list."""
+    """Number of the nearest colour of each pixel of a list; one more than the last: none."""
     palette = np.asarray(list(COLORS.values()), np.float32)
     away = np.square(pixels[:, None].astype(np.float32) - palette).sum(2)
-    return np.asarray(away.argmin(1), np.int64)
+    return np.where(away.min(1) > FARTHEST**2, len(palette), away.argmin(1)).astype(np.int64)
 
 
 def _most_common(numbers: NDArray[np.int64]) -> str:
-    return list(COLORS)[int(np.bincount(numbers.reshape(-1), minlength=len(COLORS)).argmax())]
+    """The colour of most pixels, of those that have one."""
+    counts = np.bincount(numbers.reshape(-1), minlength=len(COLORS) + 1)
+    return list(COLORS)[int(counts[:-1].argmax())]
+
+
+def _told(numbers: NDArray[np.int64]) -> str:
+    """The colour of nearly all pixels, or `NONE`."""
+    color = _most_common(numbers)
+    return color if np.mean(numbers == list(COLORS).index(color)) >= MOST else NONE

@@ -29,15 +29,25 @@ class Schedule:
 
     steps: int
     rate: float
+    """The highest learning rate."""
     warm_up: int = 50
+    """Steps until it is reached."""
     ema: float = 0.998
     """Share of the running average that a step keeps."""
     decay: float = 0.01
+    """Weight decay, times the rate at each step."""
+    horizon: int = 0
+    """After how many steps the rate would be nearly nothing; 0: `steps`."""
+
+    def progress(self, step: int) -> float:
+        """How much of the horizon is behind, from 0 to 1."""
+        return step / (self.horizon or self.steps)
 
     def rate_at(self, step: int) -> float:
         """Rising to `rate`, then along a half cosine to nearly nothing."""
         rise = min(1.0, (step + 1) / self.warm_up)
-        return self.rate * rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+        fall = 0.5 * (1 + math.cos(math.pi * self.progress(step)))
+        return self.rate * rise * (0.02 + 0.98 * fall)
 
 
 def train(
@@ -62,6 +72,9 @@ def train(
         on_save: Called with the step after the state was kept, with the averages in `weights`.
         matrices: The weights that Muon trains -> how many matrices are stacked in each; AdamW
             trains the others.
+
+    Raises:
+        FloatingPointError: A loss is not finite; what was kept before is left as it is.
     """
     path = folder / f"{name}.safetensors"
     average = {key: weight.detach().clone() for key, weight in weights.items()}
@@ -72,6 +85,8 @@ def train(
     started, saved, seen, total, first = time.time(), time.time(), 0, 0.0, step
     while step < schedule.steps:
         loss = loss_of(step)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"{name}: the loss of step {step} is {loss.item()}")
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step(schedule.rate_at(step))
         step += 1

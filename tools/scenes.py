@@ -30,7 +30,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 NEW_SHAPE = "ring"
-"""Drawn only for the LoRA that teaches it."""
+"""Never in what the network learns from: a LoRA teaches it. The autoencoder has seen it."""
 STYLES = ("plain", "striped", "shaded")
 SIZES = {"small": 0.12, "": 0.18, "large": 0.26}
 """Word -> radius, in widths."""
@@ -114,20 +114,39 @@ def mask_of(thing: Thing, height: int, width: int) -> NDArray[np.bool_]:
 
 
 def random_scene(
-    rng: np.random.Generator, *, outlined: bool = False, new_shape: bool = False
+    rng: np.random.Generator,
+    *,
+    outlined: bool = False,
+    new_shape: bool = False,
+    held_out_in_pairs: bool = False,
 ) -> tuple[Scene, str]:
-    """A scene and a caption of it, of combinations that are not held out."""
+    """A scene and a caption of it, of combinations that are not held out.
+
+    Args:
+        rng: The source of all choices.
+        outlined: Whether its shapes have a line around them.
+        new_shape: Whether it shows the LoRA's shape.
+        held_out_in_pairs: Whether one of two things may be of a combination that is held out, as
+            it may for the autoencoder, which sees no captions.
+    """
     while True:
         scene, caption = _one_thing(rng, new_shape) if rng.random() < 0.7 else _two_things(rng)
-        thing = scene.things[0]
-        if new_shape and thing.shape != NEW_SHAPE:
+        if new_shape and scene.things[0].shape != NEW_SHAPE:
             continue
-        if len(scene.things) > 1 or not is_held_out(thing.shape, thing.color, scene.background):
+        if (held_out_in_pairs and len(scene.things) > 1) or not holds_held_out(scene):
             return Scene(scene.things, scene.background, scene.style, outlined), caption
 
 
+def holds_held_out(scene: Scene) -> bool:
+    """Whether a thing of it is of a combination that is held out."""
+    return any(is_held_out(of.shape, of.color, scene.background) for of in scene.things)
+
+
 def held_out_prompts(count: int, seed: int = 0) -> list[tuple[str, Scene]]:
-    """One-object prompts of combinations that were never trained on, with what they ask for."""
+    """One-object prompts of combinations that were never trained on, with what they ask for.
+
+    They are all different while `count` is at most 300 or so; the seed chooses their order.
+    """
     rng = np.random.default_rng(seed)
     combinations = [
         (shape, color, background)
@@ -136,29 +155,44 @@ def held_out_prompts(count: int, seed: int = 0) -> list[tuple[str, Scene]]:
         for background in COLORS
         if color != background and is_held_out(shape, color, background)
     ]
-    prompts = []
-    for number in range(count):
+    prompts: list[tuple[str, Scene]] = []
+    seen: set[str] = set()
+    while len(prompts) < count:
+        number = len(prompts)
         if number % len(combinations) == 0:
             rng.shuffle(combinations)
         shape, color, background = combinations[number % len(combinations)]
-        place = str(rng.choice(list(PLACES)))
-        size = str(rng.choice(list(SIZES)))
-        x, y = PLACES[place]
-        thing = Thing(shape, color, size, x, y, SIZES[size])
-        scene = Scene((thing,), background, "plain")
-        prompts.append((f"{_noun(thing)} {place}{_ground(scene)}", scene))
+        for _ in range(20):
+            place = str(rng.choice(list(PLACES)))
+            size = str(rng.choice(list(SIZES)))
+            x, y = PLACES[place]
+            thing = Thing(shape, color, size, x, y, SIZES[size])
+            scene = Scene((thing,), background, "plain")
+            prompt = f"{_noun(thing)} {place}{_ground(scene)}"
+            if prompt not in seen:
+                break
+        seen.add(prompt)
+        prompts.append((prompt, scene))
     return prompts
 
 
 def two_object_prompts(count: int, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Prompts of two objects, fully told, with what they ask for."""
+    """Prompts of two objects, at least one of a combination that was never trained on.
+
+    All that is asked for is told, which of them is where too.
+    """
     rng = np.random.default_rng(seed)
     prompts: list[tuple[str, Scene]] = []
     while len(prompts) < count:
         scene, caption = _two_things(rng, told=1.0)
-        if scene.style == "plain":
+        if scene.style == "plain" and " and " not in caption and holds_held_out(scene):
             prompts.append((caption, scene))
     return prompts
+
+
+def shape_caption(color: str, background: str) -> str:
+    """A caption that does not tell which shape."""
+    return f"{with_article(f'{color} shape')} on {with_article(background)} background"
 
 
 def all_words() -> list[str]:
@@ -229,15 +263,16 @@ def _middle(rng: np.random.Generator, place: str, radius: float) -> tuple[float,
 
 def _noun(thing: Thing, *, tell_color: bool = True, tell_shape: bool = True) -> str:
     words = [thing.size, thing.color if tell_color else "", thing.shape if tell_shape else "shape"]
-    return _with_article(" ".join(word for word in words if word))
+    return with_article(" ".join(word for word in words if word))
 
 
 def _ground(scene: Scene) -> str:
     words = scene.background if scene.style == "plain" else f"{scene.style} {scene.background}"
-    return f" on {_with_article(words)} background"
+    return f" on {with_article(words)} background"
 
 
-def _with_article(words: str) -> str:
+def with_article(words: str) -> str:
+    """``an orange star`` for ``orange star``."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 

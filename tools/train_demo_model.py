@@ -15,18 +15,21 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from tools import demo_autoencoder as autoencoders
 from tools.demo_loras import LESSONS, train_lora, write_lora
 from tools.demo_network import (
+    PARTS,
     Latents,
     Painter,
     encode_captions,
@@ -45,16 +48,20 @@ from turbo.diffusers_folder import (
     to_diffusers,
     write_pipeline,
 )
+from turbo.errors import TurboError
 from turbo.latent import from_sampler
+from turbo.memory_errors import is_out_of_memory
 from turbo.messages import one_line
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.testing import initialise, qwen3_shapes
 from turbo.text_encoder import TextEncoderConfig
 from turbo.tokenizer import Tokenizer
 from turbo.transformer import TransformerConfig
+from turbo.whole_file import require_writable_folder, write_whole
 
 NEEDED_BYTES = 1 << 30
 _SETTINGS = "settings.json"
+_LIBRARIES = ("torch", "numpy", "diffusers", "tokenizers", "turbo")
 SHEET_PROMPTS = (
     "a red circle on a blue background",
     "a large yellow star in the centre on a purple background",
@@ -78,26 +85,32 @@ class Amounts:
     autoencoder: Schedule
     decoder: Schedule
     text: Schedule
-    network: Schedule
+    network: tuple[Schedule, ...]
     lora: Schedule
     scenes: tuple[int, int, int]
+    """Of each stage's size."""
     lora_scenes: tuple[int, int, int]
+    """Likewise, for each LoRA."""
 
 
 WHOLE = Amounts(
     autoencoder=Schedule(steps=1500, rate=2e-3, ema=0.99),
     decoder=Schedule(steps=250, rate=1e-3, ema=0.98),
     text=Schedule(steps=300, rate=3e-3, warm_up=20, ema=0.98),
-    network=Schedule(steps=2400, rate=3e-3, warm_up=60, ema=0.995),
+    network=(
+        Schedule(steps=1502, rate=3e-3, warm_up=60, ema=0.995, horizon=2700),
+        Schedule(steps=1085, rate=2.5e-3, warm_up=30, ema=0.995, horizon=1600),
+        Schedule(steps=1500, rate=2.5e-3, warm_up=30, ema=0.99),
+    ),
     lora=Schedule(steps=150, rate=3e-3, warm_up=20, ema=0.98),
-    scenes=(6000, 600, 160),
+    scenes=(5400, 520, 136),
     lora_scenes=(640, 80, 8),
 )
 QUICK = Amounts(
     autoencoder=Schedule(steps=3, rate=2e-3),
     decoder=Schedule(steps=2, rate=1e-3),
     text=Schedule(steps=2, rate=1e-3),
-    network=Schedule(steps=3, rate=1e-3),
+    network=(Schedule(steps=3, rate=1e-3),) * 3,
     lora=Schedule(steps=2, rate=1e-3),
     scenes=(8, 8, 2),
     lora_scenes=(8, 8, 2),
@@ -122,17 +135,19 @@ class _Trainer:
         train_text_encoder(
             self.painter, self.tokenizer, self.amounts.text, self.seed, self.work, self.log
         )
-        train_network(
-            self.painter,
-            data,
-            self.empty,
-            self.amounts.network,
-            self.seed,
-            self.work,
-            self.log,
-            self._write_sheet,
-        )
-        self._write_sheet(self.amounts.network.steps)
+        for part, schedule in zip(PARTS, self.amounts.network, strict=True):
+            train_network(
+                part,
+                self.painter,
+                data,
+                self.empty,
+                schedule,
+                self.seed,
+                self.work,
+                self.log,
+                lambda step, name=part.name: self._write_sheet(f"{name}-{step:05}"),
+            )
+        self._write_sheet("last")
         return {lesson.name: self._train_lora(lesson) for lesson in LESSONS}
 
     def _train_autoencoder(self) -> None:
@@ -169,14 +184,14 @@ class _Trainer:
         )  # fmt: skip
 
     @torch.inference_mode()
-    def _write_sheet(self, step: int) -> None:
+    def _write_sheet(self, name: str) -> None:
         ids, lengths = encode_captions(self.tokenizer, SHEET_PROMPTS)
         latents = self.painter.sample(ids, lengths, self.empty, seed=self.seed)
         decoded = self.autoencoder.decode(from_sampler(latents), return_dict=False)[0]
         pictures = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         starts = range(0, len(pictures), 6)
         rows = [np.concatenate(list(pictures[start : start + 6]), 1) for start in starts]
-        Image.fromarray(np.concatenate(rows, 0)).save(self.work / f"sheet-{step:05}.png")
+        Image.fromarray(np.concatenate(rows, 0)).save(self.work / f"sheet-{name}.png")
 
 
 def write_model(trainer: Any, loras: dict[str, dict[str, Tensor]], out: Path) -> None:
@@ -218,7 +233,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         return _run(options)
-    except (OSError, MemoryError) as error:
+    except TurboError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}; lower the rates", file=sys.stderr)
+        return 1
+    except (OSError, MemoryError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
         print(f"error: {one_line(error)}; what was trained is kept in {options.work}, the same "
               f"command goes on from there ({NEEDED_BYTES >> 20} MiB of disk and some 4 GiB of "
               "memory are needed)", file=sys.stderr)  # fmt: skip
@@ -234,10 +257,9 @@ def _run(options: argparse.Namespace) -> int:
     work: Path = _made(options.work)
     command = ["python -m tools.train_demo_model", f"--seed {options.seed}"]
     command += [f"--threads {options.threads}", *["--quick"] * options.quick]
-    if options.network_steps:
-        command.append(f"--network-steps {options.network_steps}")
     amounts = _amounts(options)
-    (work / _SETTINGS).write_text(_settings(options, amounts), encoding="utf-8")
+    if not (work / _SETTINGS).exists():
+        write_whole(work / _SETTINGS, _settings(options, amounts).encode())
     with (work / "log.txt").open("a", encoding="utf-8") as file:
 
         def log(line: str) -> None:
@@ -255,6 +277,8 @@ def _run(options: argparse.Namespace) -> int:
     write_model(trainer, loras, unfinished)
     shutil.copyfile(work / "log.txt", unfinished / "training.log")
     _write_sums(unfinished)
+    if options.out.exists() and not options.force:
+        raise FileExistsError(f"{options.out} was made meanwhile; the model is in {unfinished}")
     replaced = options.out.with_name(f".{options.out.name}.old")
     shutil.rmtree(replaced, ignore_errors=True)
     if options.out.exists():
@@ -268,17 +292,25 @@ def _run(options: argparse.Namespace) -> int:
 def _problem(options: argparse.Namespace) -> str | None:
     if options.out.exists() and not options.force:
         return f"{options.out} exists; give --force to replace it, or another --out"
-    if options.threads < 1:
-        return f"--threads must be at least 1, got {options.threads}"
+    for name, value, least in (
+        ("threads", options.threads, 1),
+        ("seed", options.seed, 0),
+    ):
+        if value is not None and value < least:
+            return f"--{name} must be at least {least}, got {value}"
+    if options.out.name in ("", ".."):
+        return f"--out must name a folder, got {options.out}"
+    require_writable_folder(_existing(options.out.absolute().parent))
     settings = options.work / _SETTINGS
     if settings.exists() and settings.read_text(encoding="utf-8") != _settings(
         options, _amounts(options)
     ):
         return (
-            f"{options.work} holds the state of a run with other settings ({settings}); give "
-            "another --work, or delete it"
+            f"{options.work} holds the state of a run with other settings, or of other code or "
+            f"libraries ({settings}); give another --work, or delete it"
         )
-    room = shutil.disk_usage(_existing(options.work)).free
+    kept = sum(path.stat().st_size for path in options.work.rglob("*") if path.is_file())
+    room = shutil.disk_usage(_existing(options.work)).free + kept
     if room < NEEDED_BYTES:
         return (
             f"{options.work} has {room >> 20} MiB free, {NEEDED_BYTES >> 20} MiB are needed; give "
@@ -288,10 +320,7 @@ def _problem(options: argparse.Namespace) -> str | None:
 
 
 def _amounts(options: argparse.Namespace) -> Amounts:
-    amounts = QUICK if options.quick else WHOLE
-    if not options.network_steps:
-        return amounts
-    return replace(amounts, network=replace(amounts.network, steps=options.network_steps))
+    return QUICK if options.quick else WHOLE
 
 
 def _settings(options: argparse.Namespace, amounts: Amounts) -> str:
@@ -299,7 +328,8 @@ def _settings(options: argparse.Namespace, amounts: Amounts) -> str:
     of = {
         "seed": options.seed,
         "threads": options.threads,
-        "torch": str(torch.__version__),
+        "versions": {name: version(name) for name in _LIBRARIES},
+        "code": {path.name: _sum(path) for path in sorted(Path(__file__).parent.glob("*.py"))},
         "amounts": asdict(amounts),
     }
     return json.dumps(of, indent=1) + "\n"
@@ -317,11 +347,15 @@ def _made(path: Path) -> Path:
 def _write_sums(folder: Path) -> None:
     """``SHA256SUMS`` of all files, as ``sha256sum -c`` reads it."""
     lines = [
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}\n"
+        f"{_sum(path)}  {path.relative_to(folder).as_posix()}\n"
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     ]
     (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+
+
+def _sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -332,7 +366,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path(".demo-work"), help="state and sheets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--network-steps", type=int, help="instead of the usual number")
     parser.add_argument("--quick", action="store_true", help="a few steps of each phase")
     parser.add_argument("--force", action="store_true", help="replace an existing --out")
     return parser.parse_args(arguments)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from turbo.whole_file import write_out
 
 _CODES = {
     torch.float64: "F64",
@@ -42,15 +43,24 @@ def write_streamed(
 
     Raises:
         OSError: It cannot be written; what was written of it stays.
+        ValueError: `tensors` are not those of `outline`, or of a type that no file holds.
     """
     arranged = dict(sorted(outline.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
     with path.open("xb") as file:
         offsets = _write_header(file, arranged, metadata or {})
+        missing = set(outline)
         for name, tensor in tensors:
+            if outline.get(name) != (tensor.dtype, tuple(tensor.shape)):
+                raise ValueError(
+                    f"{path}: {name} is {tensor.dtype} of {list(tensor.shape)}, and what was "
+                    f"announced is {outline.get(name)}"
+                )
             file.seek(offsets[name])
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+            missing.discard(name)
+        if missing:
+            raise ValueError(f"{path}: {len(missing)} tensors never came, such as {min(missing)}")
+        write_out(file)
 
 
 def _write_header(file: BinaryIO, outline: Outline, metadata: Mapping[str, str]) -> dict[str, int]:
@@ -58,6 +68,8 @@ def _write_header(file: BinaryIO, outline: Outline, metadata: Mapping[str, str])
     table: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     begin, places = 0, {}
     for name, (dtype, shape) in outline.items():
+        if dtype not in _CODES:
+            raise ValueError(f"{name}: no file holds {dtype}")
         end = begin + math.prod(shape) * dtype.itemsize
         table[name] = {
             "dtype": _CODES[dtype],

@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from turbo.errors import BadInputError, SaveError
 from turbo.messages import reason
@@ -73,12 +74,17 @@ def _temporary_name(folder: Path) -> Path:
 def _write_through(path: Path, content: bytes) -> None:
     with path.open("xb") as file:
         file.write(content)
-        file.flush()
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network folders
-                raise
+        write_out(file)
+
+
+def write_out(file: BinaryIO) -> None:
+    """Have what was written to a file on its disk, where its folder can tell."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network folders
+            raise
 
 
 def _give_name(temporary: Path, target: Path, overwrite: bool) -> None:

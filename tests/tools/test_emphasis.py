@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tools.demo_network import EMPHASIS, EMPHASISED, _things_in, emphasis_at
+from tools.demo_network import FADED, PARTS, Part, _things_in
 
 
 def test_things_are_told_from_the_background() -> None:
@@ -16,10 +16,13 @@ def test_things_are_told_from_the_background() -> None:
     wanted = torch.zeros(2, 1, 9, 7)
     wanted[1, :, 2:4, 3:5] = 1
     assert torch.equal(_things_in(latents), wanted)
+    wanted[1, :, 1:5, 2:6] = 1
+    assert torch.equal(_things_in(latents, 1), wanted)
 
 
-def test_the_emphasis_ends_before_the_training_does() -> None:
-    assert emphasis_at(0.0) == EMPHASIS
-    assert emphasis_at(EMPHASISED / 2) == pytest.approx(EMPHASIS / 2)
-    assert emphasis_at(EMPHASISED) == pytest.approx(0)
-    assert emphasis_at(1.0) == 0
+@pytest.mark.parametrize("part", PARTS)
+def test_what_counts_more_early_ends_before_the_training_does(part: Part) -> None:
+    assert part.early(0.0) == (part.emphasis, part.layout)
+    assert part.early(FADED / 2) == pytest.approx((part.emphasis / 2, part.layout / 2))
+    assert part.early(FADED) == pytest.approx((0, 0))
+    assert part.early(1.0) == (0, 0)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tools.judging import background_of, judge_one, judge_two, outlined_share, things_of
+from tools.judging import NONE, background_of, judge_one, judge_two, outlined_share, things_of
 from tools.scenes import (
     NEW_SHAPE,
     Scene,
@@ -31,7 +31,7 @@ def changed(scene: Scene, **changes: Any) -> Scene:
 
 def test_nearly_every_drawn_scene_is_judged_right() -> None:
     verdicts = [judge_one(picture(scene), scene) for _, scene in PROMPTS]
-    for part in ("background", "color", "shape", "place"):
+    for part in ("background", "color", "shape", "place", "size", "count"):
         assert np.mean([getattr(verdict, part) for verdict in verdicts]) >= 0.97
 
 
@@ -49,6 +49,35 @@ def test_each_wrong_part_is_noticed_alone() -> None:
     assert not judge_one(seen, changed(scene, color="blue")).color
     assert not judge_one(seen, changed(scene, x=0.27)).place
     assert not judge_one(seen, replace(scene, background="green")).background
+    assert not judge_one(seen, changed(scene, size="large")).size
+    more = replace(scene.things[0], shape="star", color="green", x=0.2, y=0.2, radius=0.12)
+    crowded = judge_one(picture(replace(scene, things=(*scene.things, more))), scene)
+    assert not crowded.count
+    assert not crowded.whole
+    assert crowded.color
+
+
+def test_no_other_shape_passes_for_a_circle() -> None:
+    scene = changed(PROMPTS[0][1], shape="circle", color="red", x=0.5, y=0.64, radius=0.18)
+    scene = replace(scene, background="white")
+    assert not judge_one(picture(changed(scene, shape=NEW_SHAPE)), scene).shape
+    blob = picture(scene, 432, 336)
+    rng = np.random.default_rng(0)
+    for y, x in rng.integers(-60, 60, (60, 2)):
+        blob[216 + y : 226 + y, 168 + x : 178 + x] = 245  # eaten away
+    assert judge_one(blob, scene).shape is False
+
+
+def test_a_colour_is_that_of_nearly_all_pixels_and_near_enough() -> None:
+    scene = changed(PROMPTS[0][1], shape="square", color="red", x=0.5, y=0.64, radius=0.26)
+    scene = replace(scene, background="white")
+    halved = picture(scene)
+    halved[:, 88:] = picture(changed(scene, color="green"))[:, 88:]
+    assert not judge_one(halved, scene).color
+    grey = np.full((224, 176, 3), 100, np.uint8)
+    assert background_of(grey) == NONE
+    assert judge_one(picture(scene), scene).background
+    assert not judge_one(picture(replace(scene, style="striped")), scene).background
 
 
 def test_an_empty_picture_has_nothing_right_but_its_background() -> None:

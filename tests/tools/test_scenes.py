@@ -13,6 +13,7 @@ from tools.scenes import (
     Thing,
     draw_scene,
     held_out_prompts,
+    holds_held_out,
     is_held_out,
     mask_of,
     random_scene,
@@ -65,11 +66,15 @@ def test_captions_tell_what_the_scene_shows() -> None:
 
 def test_held_out_combinations_never_come_by_chance() -> None:
     rng = np.random.default_rng(2)
-    for _ in range(500):
-        scene, _ = random_scene(rng)
-        if len(scene.things) == 1:
-            thing = scene.things[0]
-            assert not is_held_out(thing.shape, thing.color, scene.background)
+    scenes = [random_scene(rng)[0] for _ in range(1000)]
+    assert not any(holds_held_out(scene) for scene in scenes)
+    assert any(len(scene.things) > 1 for scene in scenes)
+
+
+def test_only_pairs_for_the_autoencoder_hold_what_is_held_out() -> None:
+    rng = np.random.default_rng(2)
+    scenes = [random_scene(rng, held_out_in_pairs=True)[0] for _ in range(1000)]
+    assert {len(scene.things) for scene in scenes if holds_held_out(scene)} == {2}
 
 
 def test_prompts_to_judge_by_are_held_out_and_repeatable() -> None:
@@ -80,9 +85,12 @@ def test_prompts_to_judge_by_are_held_out_and_repeatable() -> None:
         for _, scene in prompts
     )
     assert {scene.things[0].shape for _, scene in prompts} == set(SHAPES)
+    assert len({prompt for prompt, _ in prompts}) == 200
 
 
-def test_two_objects_are_told_in_full() -> None:
+def test_two_objects_are_told_in_full_and_held_out() -> None:
     for caption, scene in two_object_prompts(20):
+        assert " and " not in caption
+        assert holds_held_out(scene)
         assert all(thing.color in caption and thing.shape in caption for thing in scene.things)
         assert scene.background in caption

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -9,14 +11,20 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from tools import resumable
+from tools.demo_loras import LESSONS, Lesson, train_lora, write_lora
+from tools.demo_network import Latents, Painter, batch_loss, model_size
 from tools.muon import Muon, orthogonal
 from tools.resumable import Schedule, train
 from tools.train_demo_model import main
 from turbo.engine import Engine
+from turbo.lora import apply_patches, match_lora, read_lora
+from turbo.names import NETWORK
 from turbo.plan import Plan, Stage
 
 SCHEDULE = Schedule(steps=12, rate=0.1, warm_up=2)
@@ -123,30 +131,189 @@ def test_the_command_says_what_room_it_needs(
     assert "has 5 MiB free, 1024 MiB are needed" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_one_command_makes_a_model_that_paints_and_takes_its_loras(
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--out", ".."], "--out must name a folder, got .."),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_trained(
+    tmp_path: Path, more: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--out", str(tmp_path / "m"), "--work", str(tmp_path / "w"), "--force", *more]
+    assert main(command) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+        MemoryError(),
+    ],
+)  # fmt: skip
+def test_a_full_disk_or_memory_says_what_is_needed_and_kept(
+    tmp_path: Path,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("tools.train_demo_model._Trainer.run", fail)
+    assert main(["--quick", "--out", str(tmp_path / "m"), "--work", str(tmp_path / "w")]) == 1
+    said = capsys.readouterr().err
+    assert f"what was trained is kept in {tmp_path / 'w'}" in said
+    assert "1024 MiB of disk" in said
+
+
+def test_a_mistake_in_the_code_is_not_taken_for_a_full_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("tools.train_demo_model._Trainer.run", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        main(["--quick", "--out", str(tmp_path / "m"), "--work", str(tmp_path / "w")])
+
+
+def test_a_loss_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
+    weight = nn.Parameter(torch.ones(2))
+
+    def loss_of(step: int) -> Tensor:
+        return weight.sum() * (float("nan") if step == 3 else 1.0)
+
+    with pytest.raises(FloatingPointError, match="phase: the loss of step 3 is nan"):
+        train("phase", {"w": weight}, loss_of, SCHEDULE, tmp_path, lambda _: None)
+    assert weight.isfinite().all()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a quick run takes seconds."""
     monkeypatch.setattr("tools.demo_autoencoder.SIZES", ((224, 176),) * 3)
     monkeypatch.setattr("tools.demo_autoencoder.CROP", 64)
-    monkeypatch.setattr("tools.demo_network.SIZES", ((64, 48),) * 3)
+    monkeypatch.setattr("tools.demo_network.SIZES", ((64, 48), (72, 56), (80, 64)))
     monkeypatch.setattr("tools.demo_network.BATCHES", (2, 2, 2))
     monkeypatch.setattr("tools.train_demo_model.SHEET_PROMPTS", ("a red circle",) * 6)
-    out = tmp_path / "model"
+
+
+def make(folder: Path) -> Path:
+    """A quick run; returns where its model is."""
     threads = torch.get_num_threads()
-    command = ["--quick", "--out", str(out), "--work", str(tmp_path / "work")]
+    command = ["--quick", "--out", str(folder / "model"), "--work", str(folder / "work")]
     assert main([*command, "--threads", str(threads)]) == 0
+    return folder / "model"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.usefixtures("small")
+def test_one_command_makes_a_model_that_paints_and_takes_its_loras(tmp_path: Path) -> None:
+    out = make(tmp_path)
     assert (out / "training.log").read_text().startswith("command: python -m")
-    assert len((out / "SHA256SUMS").read_text().splitlines()) > 8
-    assert sum(path.stat().st_size for path in out.rglob("*")) < 24 << 20
+    for line in (out / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
+    assert sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) <= 24_000_000
     assert load_file(out / "loras" / "zorp.safetensors").keys() >= {
         "lora_unet_layers_0_attention_qkv.alpha"
     }
     plan = Plan(stages=(Stage(name="only", height=64, width=48, steps=1),))
-    engine = Engine.from_pretrained(out, device="cpu", plan=plan)
-    plain = engine.generate("a red circle", seed=0).image.tobytes()
-    engine.set_loras(["outlined", "zorp"])
-    assert engine.generate("a red circle", seed=0).image.size == (48, 64)
+    engine = Engine.from_pretrained(out, device="cpu", dtype="float32", plan=plan)
+
+    def picture() -> bytes:
+        return bytes(engine.generate("a red circle", seed=0).image.tobytes())
+
+    plain = picture()
+    engine.set_loras([("outlined", 500.0), ("zorp", 500.0)])  # they were hardly trained
+    assert picture() != plain
     engine.set_loras([])
-    assert engine.generate("a red circle", seed=0).image.tobytes() == plain
+    assert picture() == plain
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.usefixtures("small", "saves_often")
+def test_a_run_killed_wherever_a_file_appears_makes_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make(tmp_path / "whole")
+    really, met = os.replace, set()
+
+    def killing(source: Path, target: Path) -> None:
+        name = Path(target).name
+        if (name, "before") not in met:
+            met.add((name, "before"))
+            raise Killed
+        really(source, target)
+        if (name, "after") not in met:
+            met.add((name, "after"))
+            raise Killed
+
+    monkeypatch.setattr("os.replace", killing)
+    for _ in range(60):
+        try:
+            broken = make(tmp_path / "broken")
+            break
+        except Killed:
+            pass
+        except AssertionError:  # it was killed when the model was there
+            broken = tmp_path / "broken" / "model"
+            break
+    assert len(met) >= 2 * 14
+    names = {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
+    assert names == {path.relative_to(broken) for path in broken.rglob("*") if path.is_file()}
+    for name in names - {Path("training.log"), Path("SHA256SUMS")}:
+        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
+def test_a_lora_on_file_does_what_the_trained_one_did(
+    tmp_path: Path, lesson: Lesson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.demo_network._start", lambda name, value: value)  # no gate at 0
+    painter = Painter.make(model_size(448), 0)
+    ids = torch.zeros(4, 32, dtype=torch.int64)
+    latents = torch.ones(4, 16, 8, 6)
+    data = [Latents(latents, ids, torch.full((4,), 5))] * 3
+    before = {name: x.clone() for name, x in painter.network.native_tensors().items()}
+    monkeypatch.setattr("tools.demo_loras.SHARES", (1.0, 0.0, 0.0))
+    learned: dict[str, Tensor] = {}
+
+    def notice(painter: Painter, *rest: object) -> Tensor:
+        for name, module in painter.network.named_modules():
+            if parametrize.is_parametrized(module):
+                weight = module.weight.detach().clone()  # type: ignore[operator, union-attr]
+                parts = ("w1", "w3") if name.endswith("w13") else (name.split(".")[-1],)
+                stem = name.rpartition(".")[0]
+                for part, of in zip(parts, weight.chunk(len(parts))):
+                    learned[f"{stem}.{part}.weight"] = of
+        return batch_loss(painter, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("tools.demo_loras.batch_loss", notice)
+    # The rate of the last step is 0, so what it sees is what the file gets.
+    schedule = Schedule(steps=4, rate=1e-2, warm_up=1, ema=0.0)
+    monkeypatch.setattr(Schedule, "rate_at", lambda self, step: 0.0 if step == 3 else 1e-2)
+    empty = ids[:1], torch.full((1,), 5)
+    tensors = train_lora(lesson, painter, data, empty, schedule, 0, tmp_path, lambda _: None)
+    write_lora(tmp_path / "l.safetensors", tensors)
+    assert all(torch.equal(before[n], x) for n, x in painter.network.native_tensors().items())
+
+    lora = read_lora(tmp_path / "l.safetensors")
+    match = match_lora(lora, {NETWORK: {n: tuple(x.shape) for n, x in before.items()}})
+    assert match.unused == ()
+    assert {name for _, name in match.patches} == learned.keys()
+    moved = [name for name, value in learned.items() if not torch.equal(before[name], value)]
+    assert {name.split(".")[2] for name in moved} == {"attention", "feed_forward"}
+    for (_, name), patches in match.patches.items():
+        fused = apply_patches(before[name].clone(), [(patch, 1.0) for patch in patches])
+        torch.testing.assert_close(fused, learned[name], rtol=1e-2, atol=1e-4)

@@ -15,13 +15,15 @@ PACKAGES = {
     "kernels": "turbo.kernels",
     "compile": "turbo.compile",
     "bench": "bench",
+    "tools": "tools",
 }
 """Folder -> the name under which it is imported; folders that are not there are passed over."""
 MAY_IMPORT = {
     "turbo": {"turbo", "kernels", "compile"},
     "kernels": {"kernels"},
     "compile": {"compile"},
-    "bench": {"bench", "turbo", "kernels"},
+    "bench": {"bench", "turbo", "kernels", "tools"},
+    "tools": {"tools", "turbo"},
 }
 """Folder -> folders of ours that it may import; nothing imports tests."""
 RUN_TIME = ("turbo", "kernels", "compile")
@@ -51,7 +53,7 @@ def folder_of(name: str) -> str | None:
         return rest[0] if rest and rest[0] in ("kernels", "compile") else "turbo"
     if first in ("kernels", "compile"):
         return "?"  # they are imported as turbo.kernels and turbo.compile only
-    return first if first in ("bench", "tests") else None
+    return first if first in ("bench", "tests", "tools") else None
 
 
 def violations(root: Path) -> list[str]:

@@ -1,0 +1,125 @@
+"""The judge's command, with an engine that draws what it is asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools import judge_demo_model
+from tools.judge_demo_model import CELLS, judge, lines_of, main
+from tools.scenes import (
+    COLORS,
+    NEW_SHAPE,
+    SHAPES,
+    Scene,
+    Thing,
+    draw_scene,
+    held_out_prompts,
+    two_object_prompts,
+)
+
+KNOWN = dict([*held_out_prompts(8), *held_out_prompts(8, 1), *two_object_prompts(2)])
+
+
+class Artist:
+    """Draws prompts at once; `spoil` changes its scenes."""
+
+    def __init__(self, spoil: Any = lambda scene: scene, heeds_negative: bool = True) -> None:
+        self.spoil, self.heeds_negative, self.loras = spoil, heeds_negative, []
+
+    def set_loras(self, loras: list[str]) -> None:
+        self.loras = loras
+
+    def generate(
+        self, prompt: str, seed: int, negative_prompt: str = "", loras: Any = ()
+    ) -> SimpleNamespace:
+        word, _, rest = prompt.rpartition(", ")
+        scene = self.spoil(KNOWN.get(rest) or self._guess(rest, seed, negative_prompt))
+        on = [name for name, _ in loras] == [word] and bool(word)
+        thing = scene.things[0]
+        if on and word == "zorp":
+            thing = Thing(NEW_SHAPE, thing.color, "", thing.x, thing.y, thing.radius)
+        scene = Scene((thing, *scene.things[1:]), scene.background, "plain", on and word != "zorp")
+        pixels = (draw_scene(scene, 432, 336) * 255).round().astype(np.uint8)
+        return SimpleNamespace(image=Image.fromarray(pixels))
+
+    def _guess(self, prompt: str, seed: int, negative: str) -> Scene:
+        words = prompt.split()
+        told = [word for word in words if word in COLORS]
+        background = told[-1]
+        others = [color for color in COLORS if color != background]
+        if self.heeds_negative:
+            others = [color for color in others if color not in negative.split()]
+        color = told[0] if len(told) > 1 else others[seed % len(others)]
+        shape = next((word for word in words if word in SHAPES), "square")
+        return Scene((Thing(shape, color, "", 0.5, 0.64, 0.18),), background, "plain")
+
+
+def test_an_artist_who_does_as_told_has_everything_right() -> None:
+    kept: list[int] = []
+    pictures: list[Any] = []
+    report = judge(Artist(), 8, 0, 6, pictures, lambda report: kept.append(len(report)))
+    for name, count in (("one object", 8), ("two objects", 2)):
+        assert report[name].pop("wrong") == []
+        assert report[name].pop("pictures") == count
+        assert set(report[name].values()) == {1.0}
+    for lora in report["loras"].values():
+        assert [lora[cell] for cell in CELLS] == [0, 0, 0, 1]
+        assert set(lora["beside"].values()) == {1.0}
+    assert report["negative prompt"] == {"pictures": 6, "with": 0.0}
+    assert len(pictures) == 8
+    assert kept == sorted(kept)
+    assert len(kept) == 4
+    assert len(list(lines_of(report | {
+        name: report[name] | {"pictures": 1} for name in ("one object", "two objects")
+    }))) == 7  # fmt: skip
+
+
+def test_what_is_wrong_is_counted() -> None:
+    def spoil(scene: Scene) -> Scene:
+        thing = scene.things[0]
+        wrong = Thing(thing.shape, thing.color, thing.size, 0.5, 0.64, thing.radius)
+        return Scene((wrong, *scene.things[1:]), scene.background, "plain")
+
+    report = judge(Artist(spoil, heeds_negative=False), 8, 0, 4)
+    asked = held_out_prompts(8)
+    centred = sum("centre" in prompt for prompt, _ in asked) / 8
+    assert report["one object"]["place"] == report["one object"]["whole"] == centred
+    assert report["one object"]["color"] == 1
+    assert report["negative prompt"]["with"] == 1.0
+    assert len(report["one object"]["wrong"]) == 8 - 8 * centred
+
+
+def test_the_command_writes_figures_and_a_sheet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artist = SimpleNamespace(from_pretrained=lambda *_, **__: Artist())
+    monkeypatch.setattr(judge_demo_model, "Engine", artist)
+    sheet, output = tmp_path / "s.png", tmp_path / "r.json"
+    command = ["--prompts", "8", "--lora-prompts", "0", "--sheet", str(sheet), "-o", str(output)]
+    assert main(command) == 0
+    assert json.loads(output.read_text())["one object"]["whole"] == 1.0
+    assert "100.0%" in capsys.readouterr().out
+    with Image.open(sheet) as opened:
+        assert opened.size == (6 * 168, 2 * 216)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--prompts", "0"], "--prompts must be at least 1"),
+        (["--sheet", "s.txt"], "--sheet must end in .png"),
+        (["-o", "nowhere/r.json"], "nowhere"),
+    ],
+)
+def test_mistakes_are_found_before_any_picture(
+    more: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(more) == 2
+    assert says in capsys.readouterr().err
