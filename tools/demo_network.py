@@ -75,7 +75,7 @@ class Part:
 PARTS = (
     Part("network", 2, 8.0, 0.5),
     Part("network-places", 3, 3.0, 0.4),
-    Part("network-shapes", 6, 4.0, 0.4, level=0.6, around=2),
+    Part("network-shapes", 6, 4.0, 0.5, level=0.65, around=2),
 )
 """Each starts again from a high rate: colours come in the first, places in the second."""
 PLAIN = Part("", 0, 0.0, 0.0)

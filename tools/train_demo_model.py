@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,13 @@ class Amounts:
 
 
 WHOLE = Amounts(
-    autoencoder=Schedule(steps=1500, rate=2e-3, ema=0.99),
+    autoencoder=Schedule(steps=800, rate=2e-3, ema=0.99),
     decoder=Schedule(steps=250, rate=1e-3, ema=0.98),
     text=Schedule(steps=300, rate=3e-3, warm_up=20, ema=0.98),
     network=(
-        Schedule(steps=1502, rate=3e-3, warm_up=60, ema=0.995, horizon=2700),
-        Schedule(steps=1085, rate=2.5e-3, warm_up=30, ema=0.995, horizon=1600),
-        Schedule(steps=1500, rate=2.5e-3, warm_up=30, ema=0.99),
+        Schedule(steps=1500, rate=3e-3, warm_up=60, ema=0.995, horizon=2700),
+        Schedule(steps=1100, rate=2.5e-3, warm_up=30, ema=0.995, horizon=1600),
+        Schedule(steps=1600, rate=2.5e-3, warm_up=30, ema=0.99),
     ),
     lora=Schedule(steps=150, rate=3e-3, warm_up=20, ema=0.98),
     scenes=(5400, 520, 136),
@@ -145,9 +146,9 @@ class _Trainer:
                 self.seed,
                 self.work,
                 self.log,
-                lambda step, name=part.name: self._write_sheet(f"{name}-{step:05}"),
+                partial(self._write_sheet, part.name),
             )
-        self._write_sheet("last")
+        self._write_sheet("last", 0)
         return {lesson.name: self._train_lora(lesson) for lesson in LESSONS}
 
     def _train_autoencoder(self) -> None:
@@ -184,14 +185,14 @@ class _Trainer:
         )  # fmt: skip
 
     @torch.inference_mode()
-    def _write_sheet(self, name: str) -> None:
+    def _write_sheet(self, name: str, step: int) -> None:
         ids, lengths = encode_captions(self.tokenizer, SHEET_PROMPTS)
         latents = self.painter.sample(ids, lengths, self.empty, seed=self.seed)
         decoded = self.autoencoder.decode(from_sampler(latents), return_dict=False)[0]
         pictures = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         starts = range(0, len(pictures), 6)
         rows = [np.concatenate(list(pictures[start : start + 6]), 1) for start in starts]
-        Image.fromarray(np.concatenate(rows, 0)).save(self.work / f"sheet-{name}.png")
+        Image.fromarray(np.concatenate(rows, 0)).save(self.work / f"sheet-{name}-{step:05}.png")
 
 
 def write_model(trainer: Any, loras: dict[str, dict[str, Tensor]], out: Path) -> None:

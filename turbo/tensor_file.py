@@ -38,7 +38,7 @@ def write_streamed(
     Args:
         path: It must not exist; its folder must.
         outline: All that the file is to hold. Wide values go first, so that all are aligned.
-        tensors: Each of them, in any order, on the CPU.
+        tensors: Each of them, in any order, on the CPU; of as many values as its shape has.
         metadata: Beside the format's own.
 
     Raises:
@@ -50,10 +50,11 @@ def write_streamed(
         offsets = _write_header(file, arranged, metadata or {})
         missing = set(outline)
         for name, tensor in tensors:
-            if outline.get(name) != (tensor.dtype, tuple(tensor.shape)):
+            dtype, shape = outline.get(name, (None, ()))
+            if (tensor.dtype, tensor.numel()) != (dtype, math.prod(shape)):
                 raise ValueError(
                     f"{path}: {name} is {tensor.dtype} of {list(tensor.shape)}, and what was "
-                    f"announced is {outline.get(name)}"
+                    f"announced is {dtype} of {list(shape)}"
                 )
             file.seek(offsets[name])
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -31,7 +31,8 @@ class Artist:
     """Draws prompts at once; `spoil` changes its scenes."""
 
     def __init__(self, spoil: Any = lambda scene: scene, heeds_negative: bool = True) -> None:
-        self.spoil, self.heeds_negative, self.loras = spoil, heeds_negative, []
+        self.spoil, self.heeds_negative = spoil, heeds_negative
+        self.loras: list[str] = []
 
     def set_loras(self, loras: list[str]) -> None:
         self.loras = loras

@@ -467,7 +467,7 @@ def test_nothing_is_left_of_a_write_that_failed(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("turbo.tensor_file.os.fsync", full)
+    monkeypatch.setattr("turbo.whole_file.os.fsync", full)
     with pytest.raises(SaveError, match="No space left on device; nothing was written"):
         write_quantized(find_model_files(model), tmp_path / "out", "int8")
     assert list(tmp_path.iterdir()) == []
