@@ -186,7 +186,10 @@ def test_run_keeps_a_whole_results_file(
     assert (code, kept["partial"], kept["format"]) == (0, False, "turbo-bench/1")
     assert side["check"]["repeated"]["identical"]
     assert side["times"]["upscale to stage2"]["median_ms"] > 0
-    assert set(side["share_of_limit"]) == set(side["tflop"])
+    if "withheld" in kept["limit"]:  # as where something else kept the machine busy meanwhile
+        assert "share_of_limit" not in side
+    else:
+        assert set(side["share_of_limit"]) == set(side["tflop"])
     assert kept["command"] == [
         "run", "--plan", "plan.yaml", "--rounds", "1", "-o", "run.json"
     ]  # fmt: skip
