@@ -62,6 +62,8 @@ from turbo.whole_file import require_writable_folder, write_whole
 
 NEEDED_BYTES = 1 << 30
 _SETTINGS = "settings.json"
+_JUDGES = ("judging.py", "judge_demo_model.py")
+"""Code that no bit depends on."""
 _LIBRARIES = ("torch", "numpy", "diffusers", "tokenizers", "turbo")
 SHEET_PROMPTS = (
     "a red circle on a blue background",
@@ -293,11 +295,8 @@ def _run(options: argparse.Namespace) -> int:
 def _problem(options: argparse.Namespace) -> str | None:
     if options.out.exists() and not options.force:
         return f"{options.out} exists; give --force to replace it, or another --out"
-    for name, value, least in (
-        ("threads", options.threads, 1),
-        ("seed", options.seed, 0),
-    ):
-        if value is not None and value < least:
+    for name, value, least in (("threads", options.threads, 1), ("seed", options.seed, 0)):
+        if value < least:
             return f"--{name} must be at least {least}, got {value}"
     if options.out.name in ("", ".."):
         return f"--out must name a folder, got {options.out}"
@@ -330,7 +329,11 @@ def _settings(options: argparse.Namespace, amounts: Amounts) -> str:
         "seed": options.seed,
         "threads": options.threads,
         "versions": {name: version(name) for name in _LIBRARIES},
-        "code": {path.name: _sum(path) for path in sorted(Path(__file__).parent.glob("*.py"))},
+        "code": {
+            path.name: _sum(path)
+            for path in sorted(Path(__file__).parent.glob("*.py"))
+            if path.name not in _JUDGES
+        },
         "amounts": asdict(amounts),
     }
     return json.dumps(of, indent=1) + "\n"

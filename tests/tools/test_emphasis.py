@@ -22,7 +22,8 @@ def test_things_are_told_from_the_background() -> None:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_what_counts_more_early_ends_before_the_training_does(part: Part) -> None:
-    assert part.early(0.0) == (part.emphasis, part.layout)
-    assert part.early(FADED / 2) == pytest.approx((part.emphasis / 2, part.layout / 2))
-    assert part.early(FADED) == pytest.approx((0, 0))
-    assert part.early(1.0) == (0, 0)
+    assert part.after(0.0) == part
+    half = part.after(FADED / 2)
+    assert half.emphasis == pytest.approx(part.emphasis / 2)
+    assert half.layout == pytest.approx(part.layout / 2)
+    assert (part.after(1.0).emphasis, part.after(1.0).layout) == (0, 0)
