@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tools.demo_network import Latents, Painter, batch_loss
+from tools.demo_network import PLAIN, Latents, Painter, batch_loss
 from tools.resumable import Schedule, train, write_tensors
 from tools.scenes import NEW_SHAPE, Scene, random_scene
 from turbo.transformer import Block
 
 RANK = 8
-SHARES = (0.8, 0.2, 0.0)
-"""Of the steps, for each size."""
+OF_LORAS = replace(PLAIN, shares=(0.8, 0.2, 0.0))
+"""What counts in their training: edges are the model's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def train_lora(
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([seed, lesson.phase, step])
-        return batch_loss(painter, data, empty, rng, SHARES)
+        return batch_loss(painter, data, empty, rng, OF_LORAS)
 
     try:
         train(f"lora-{lesson.name}", weights, loss_of, replace(schedule, decay=0), folder, log)

@@ -35,7 +35,7 @@ CAPTION = 32
 BATCHES = (32, 8, 2)
 """Latents a step, of each size."""
 SHARES = (0.75, 0.18, 0.07)
-"""Of the steps."""
+"""Of the steps, after all else is learned."""
 MOST_SIGMA = (1.0, 0.78, 0.9)
 """The highest noise level that each stage of the workflow sees, and a little more."""
 DROPPED = 0.1
@@ -66,6 +66,8 @@ class Part:
     """A noise level, from 0 to 1."""
     around: int = 0
     """How many latents around a thing count like it, for that is where its shape ends."""
+    shares: tuple[float, float, float] = SHARES
+    """How often each stage's size is taken. All but edges is learned at the first's."""
 
     def after(self, progress: float) -> Part:
         """With what is left of emphasis and layout after a share of the steps, from 0 to 1."""
@@ -74,8 +76,8 @@ class Part:
 
 
 PARTS = (
-    Part("network", 2, 8.0, 0.5),
-    Part("network-places", 3, 3.0, 0.4),
+    Part("network", 2, 6.0, 0.5, around=1, shares=(0.91, 0.07, 0.02)),
+    Part("network-places", 3, 4.0, 0.5, around=1, shares=(0.87, 0.09, 0.04)),
     Part("network-shapes", 6, 4.0, 0.5, level=0.65, around=2),
 )
 """Each starts again from a high rate: colours come in the first, places in the second."""
@@ -305,7 +307,7 @@ def train_network(
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([seed, part.phase, step])
-        return batch_loss(painter, data, empty, rng, part=part.after(schedule.progress(step)))
+        return batch_loss(painter, data, empty, rng, part.after(schedule.progress(step)))
 
     weights = painter.weights()
     for weight in weights.values():
@@ -320,8 +322,6 @@ def batch_loss(
     data: Sequence[Latents],
     empty: tuple[Tensor, Tensor],
     rng: np.random.Generator,
-    shares: Sequence[float] = SHARES,
-    *,
     part: Part = PLAIN,
 ) -> Tensor:
     """The loss of a random batch of one size.
@@ -331,10 +331,9 @@ def batch_loss(
         data: Scenes of each stage's size.
         empty: Ids and lengths of the empty caption, [1, 32] and [1], in place of some captions.
         rng: The source of all choices.
-        shares: How often each size is taken.
-        part: What counts more than the rest.
+        part: What counts more than the rest, and how often each size is taken.
     """
-    size = int(rng.choice(len(SIZES), p=shares))
+    size = int(rng.choice(len(SIZES), p=part.shares))
     of = data[size]
     rows = torch.from_numpy(rng.integers(len(of.latents), size=BATCHES[size]))
     clean, ids, lengths = of.latents[rows], of.ids[rows], of.lengths[rows]

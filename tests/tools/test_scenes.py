@@ -8,6 +8,7 @@ import pytest
 from tools.scenes import (
     COLORS,
     NEW_SHAPE,
+    PLACES,
     SHAPES,
     Scene,
     Thing,
@@ -62,6 +63,21 @@ def test_captions_tell_what_the_scene_shows() -> None:
         assert {word for word in words if word in SHAPES or word == "shape"} <= things
         shown = {thing.color for thing in scene.things} | {scene.background}
         assert {word for word in words if word in COLORS} <= shown
+
+
+def test_what_a_caption_leaves_out_of_places_is_always_the_same() -> None:
+    rng = np.random.default_rng(3)
+    made = [random_scene(rng) for _ in range(500)]
+    placeless = [
+        scene.things[0]
+        for scene, caption in made
+        if len(scene.things) == 1 and not any(place in caption for place in PLACES)
+    ]
+    joined = [scene.things for scene, caption in made if " and " in caption]
+    assert len(placeless) > 20
+    assert len(joined) > 10
+    assert all((of.x, of.y) == pytest.approx((0.5, 0.64), abs=0.01) for of in placeless)
+    assert all(first.x < second.x - 0.4 for first, second in joined)
 
 
 def test_held_out_combinations_never_come_by_chance() -> None:

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from tools import resumable
 from tools.demo_loras import LESSONS, Lesson, train_lora, write_lora
-from tools.demo_network import Latents, Painter, batch_loss, model_size
+from tools.demo_network import PLAIN, Latents, Painter, batch_loss, model_size
 from tools.muon import Muon, orthogonal
 from tools.resumable import Schedule, train
 from tools.train_demo_model import main
@@ -293,7 +293,7 @@ def test_a_lora_on_file_does_what_the_trained_one_did(
     latents = torch.ones(4, 16, 8, 6)
     data = [Latents(latents, ids, torch.full((4,), 5))] * 3
     before = {name: x.clone() for name, x in painter.network.native_tensors().items()}
-    monkeypatch.setattr("tools.demo_loras.SHARES", (1.0, 0.0, 0.0))
+    monkeypatch.setattr("tools.demo_loras.OF_LORAS", PLAIN)
     learned: dict[str, Tensor] = {}
 
     def notice(painter: Painter, *rest: object) -> Tensor:
