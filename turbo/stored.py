@@ -3,6 +3,7 @@
 A matrix whose file holds it in GGUF blocks or in 8 bits takes a half to an eighth of the memory
 as it stands there. Made into floats layer by layer it gives the same bits as when all of them are
 made so at loading: by the same operations, through the dtype that the weights were asked for in.
+Of an embedding only the rows that are looked up are made into floats.
 """
 
 from __future__ import annotations
@@ -157,6 +158,22 @@ def _(
     return values[0].new_empty(size, dtype=dtype)
 
 
+@torch.library.custom_op("turbo::stored_embedding", mutates_args=())
+def _stored_embedding(
+    ids: Tensor, values: Tensor, scale: Tensor | None, kind: str, dtype: torch.dtype
+) -> Tensor:
+    """Rows of `_stored_weight` of one kind."""
+    flat = ids.flatten()
+    chosen = values.view(torch.uint8).index_select(0, flat).view(values.dtype)
+    factor = scale if scale is None or len(scale) == 1 else scale.index_select(0, flat)
+    return _floats(kind, chosen, factor).to(dtype).view(*ids.shape, -1)
+
+
+@_stored_embedding.register_fake
+def _(ids: Tensor, values: Tensor, scale: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
+    return values.new_empty((*ids.shape, _columns(kind, values)), dtype=dtype)
+
+
 def _columns(kind: str, stored: Tensor) -> int:
     values, size = BLOCKS.get(kind, (1, 1))
     return stored.shape[1] // size * values
@@ -209,6 +226,12 @@ class StoredLinear(nn.Module):
         self._kinds = " ".join(part.kind for _, part in parts)
         self._rows = [row for row, _ in parts]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        device: torch.device = self.values[0].device
+        return device
+
     def rows(self) -> StoredRows:
         """All of the weight."""
         next_scale = iter(self.scales)
@@ -242,6 +265,21 @@ class StoredLinear(nn.Module):
         """
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight_in(x.dtype), bias)
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        """Some rows of the weight as floats, rounded to the dtype asked for: no others are made.
+
+        Args:
+            ids: Which rows, any shape, int64, each below `outputs`; one part must hold all rows.
+
+        Returns:
+            [*ids.shape, inputs] in the dtype asked for.
+        """
+        ((_, part),) = self.parts
+        assert (part.rows, part.columns) == self.size
+        scale = self.scales[0] if part.scales else None
+        rows: Tensor = _stored_embedding(ids, self.values[0], scale, part.kind, self.dtype)
+        return rows
 
     if TYPE_CHECKING:
         __call__ = forward

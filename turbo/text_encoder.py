@@ -196,7 +196,7 @@ class TextEncoder(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         shape = (config.vocab_size, config.hidden_size)
-        self.embed_tokens = _weight(*shape, device=device, dtype=dtype)
+        self.embed_tokens: Matrix = _weight(*shape, device=device, dtype=dtype)
         self.layers = nn.ModuleList(
             Layer(config, device, dtype) for _ in range(config.num_layers - 1)
         )
@@ -260,7 +260,7 @@ class TextEncoder(nn.Module):
         Source: Qwen3 technical report (arXiv:2505.09388), section 2.
         """
         visible = None if mask is None else _causal(mask)
-        hidden = F.embedding(ids, self.embed_tokens).to(self.compute_dtype)
+        hidden = _embedding(ids, self.embed_tokens).to(self.compute_dtype)
         for layer in self.layers:
             hidden = run(cast(Layer, layer), hidden, rotary, visible)
         return hidden
@@ -280,13 +280,15 @@ class TextEncoder(nn.Module):
 
     def matrices(self) -> Iterator[tuple[nn.Module, str]]:
         """Owner and attribute of each matrix of floats; see `turbo.stored.Keeping`."""
+        if isinstance(self.embed_tokens, nn.Parameter):
+            yield self, "embed_tokens"
         for layer in self.layers:
             for name in _MATRICES:
                 if isinstance(getattr(layer, name), nn.Parameter):
                     yield layer, name
 
     def _native_weights(self) -> dict[str, Tensor | StoredRows]:
-        weights: dict[str, Tensor | StoredRows] = {_EMBEDDING: self.embed_tokens.data}
+        weights: dict[str, Tensor | StoredRows] = {_EMBEDDING: _rows(self.embed_tokens)}
         for index, layer in enumerate(self.layers):
             for name, weight in cast(Layer, layer).native_weights().items():
                 weights[f"model.layers.{index}.{name}"] = weight
@@ -307,6 +309,10 @@ def _weight(
 
 def _linear(x: Tensor, weight: Matrix) -> Tensor:
     return weight(x) if isinstance(weight, StoredLinear) else F.linear(x, weight.to(x.dtype))
+
+
+def _embedding(ids: Tensor, weight: Matrix) -> Tensor:
+    return weight.embedding(ids) if isinstance(weight, StoredLinear) else F.embedding(ids, weight)
 
 
 def _rows(weight: Matrix) -> Tensor | StoredRows:

@@ -313,7 +313,8 @@ def check_text_encoder(case: Case, store: ModelStore, tokenizer: Path | None) ->
             outcome.compare("cond", cond, tensors[f"{key}/cond"], *case.limits())
         if f"{key}/all_hidden" in tensors:
             # The last recorded state comes from the last layer, which is never loaded.
-            embedded = encoder.embed_tokens[ids.to(store.device)]
+            table = encoder.native_tensors()["model.embed_tokens.weight"]
+            embedded = table[ids.to(store.device)]
             states = torch.stack([embedded, *hidden], dim=1)
             want = tensors[f"{key}/all_hidden"][:, : states.shape[1]]
             outcome.compare("all_hidden", states, want, *case.limits())

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,12 +28,13 @@ from turbo.cli import main
 from turbo.components import Components
 from turbo.engine import Engine
 from turbo.fusing import LoraFuser
+from turbo.gguf_blocks import BLOCKS
 from turbo.memory import count_outline, weight_dtypes
 from turbo.model_files import find_model_files
 from turbo.names import NETWORK
 from turbo.placement import LOW, STREAMED, WHOLE, MemoryPlan, Placement
 from turbo.stored import PLAIN, StoredLinear, StoredPart
-from turbo.testing import TINY, ModelSize, make_model
+from turbo.testing import TINY, TINY_TEXT_ENCODER, ModelSize, make_model
 from turbo.text_encoder import TextEncoder
 from turbo.transformer import Transformer
 
@@ -149,6 +151,27 @@ def test_a_matrix_larger_than_one_run_of_rows_is_made_whole(kind: Kind, tmp_path
     assert torch.equal(made.weight_in(torch.bfloat16), expected)
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "F8_E4M3", "F8_E5M2", "I8"])
+@pytest.mark.parametrize("scales", [1, 40])
+def test_rows_that_are_looked_up_are_those_of_the_whole(kind: str, scales: int):
+    part = StoredPart(kind, 40, 256, scales=scales * (kind not in BLOCKS))
+    made = linear(40, (0, part))
+    draws = torch.Generator().manual_seed(3)
+    for scale in made.scales:
+        scale.copy_(torch.rand(scale.shape, generator=draws))
+    if kind in BLOCKS:
+        blocks = random_blocks(Kind[kind], 40, 256 // BLOCKS[kind][0])
+        made.values[0].copy_(torch.from_numpy(blocks))
+    else:
+        made.values[0].copy_(torch.randint(-9, 9, (40, 256), generator=draws))
+    ids = torch.tensor([[3, 39, 3], [0, 1, 17]])
+    rows = made.embedding(ids)
+    assert rows.dtype == torch.bfloat16
+    assert torch.equal(rows, F.embedding(ids, made.weight_in(torch.bfloat16)))
+    compiled = torch.compile(made.embedding, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(ids), rows)
+
+
 def test_compiled_code_makes_the_same_bits():
     made = linear(64, (0, StoredPart("Q8_0", 64, 256)))
     blocks = random_blocks(Kind.Q8_0, 64, 8)
@@ -211,6 +234,16 @@ def test_a_kept_file_gives_the_pictures_of_the_floats_it_stands_for(model: Path)
         assert bits(engine.generate("a cat", seed=7)) == want
     assert any(isinstance(part, StoredLinear) for part in engine.models.transformer.modules())
     assert any(isinstance(part, StoredLinear) for part in engine.models.text_encoder.modules())
+
+
+def test_the_embedding_is_kept_too(folders: Mapping[str, Path]):
+    engine = load(folders["gguf"])
+    with most_held(engine.models.text_encoder) as counts:  # of what is not streamed
+        engine.generate("a cat", seed=7)
+    table = engine.models.text_encoder.stored_rows()["model.embed_tokens.weight"]
+    in_floats = 2 * TINY_TEXT_ENCODER["vocab_size"] * TINY_TEXT_ENCODER["hidden_size"]
+    (held,) = set(counts)
+    assert held == sum(tensor.nbytes for tensor in table.tensors) < 0.6 * in_floats
 
 
 def test_so_it_does_in_float32(folders: Mapping[str, Path]):
