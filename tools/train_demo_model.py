@@ -101,9 +101,9 @@ WHOLE = Amounts(
     decoder=Schedule(steps=250, rate=1e-3, ema=0.98),
     text=Schedule(steps=300, rate=3e-3, warm_up=20, ema=0.98),
     network=(
-        Schedule(steps=1500, rate=3e-3, warm_up=60, ema=0.995, horizon=2700),
-        Schedule(steps=1100, rate=2.5e-3, warm_up=30, ema=0.995, horizon=1600),
-        Schedule(steps=1600, rate=2.5e-3, warm_up=30, ema=0.99),
+        Schedule(steps=3000, rate=3e-3, warm_up=60, ema=0.995, horizon=4200),
+        Schedule(steps=1500, rate=2.5e-3, warm_up=30, ema=0.995, horizon=2200),
+        Schedule(steps=1300, rate=2.5e-3, warm_up=30, ema=0.99),
     ),
     lora=Schedule(steps=150, rate=3e-3, warm_up=20, ema=0.98),
     scenes=(5400, 520, 136),
