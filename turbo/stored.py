@@ -162,7 +162,10 @@ def _(
 def _stored_embedding(
     ids: Tensor, values: Tensor, scale: Tensor | None, kind: str, dtype: torch.dtype
 ) -> Tensor:
-    """Rows of `_stored_weight` of one kind."""
+    """What `StoredLinear.embedding` looks up, opaque to the compiler for the same reason.
+
+    Values of one byte are looked up as bytes: not every device looks up float8.
+    """
     flat = ids.flatten()
     chosen = values.view(torch.uint8).index_select(0, flat).view(values.dtype)
     factor = scale if scale is None or len(scale) == 1 else scale.index_select(0, flat)
@@ -190,6 +193,7 @@ class StoredLinear(nn.Module):
     """``x @ weight.T + bias`` over the last axis with a weight as its file stores it.
 
     All of the weight is made into floats for each product, so one such layer at a time is there.
+    It can be an embedding instead, of which only the rows that are looked up are.
 
     Args:
         inputs: Columns of the weight, what is beyond those of the parts is 0.

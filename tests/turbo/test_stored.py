@@ -88,12 +88,16 @@ def load(path: Path, memory: str = "low", **options: Any) -> Engine:
 
 @pytest.fixture
 def lora(tmp_path: Path) -> Path:
-    """Changes one weight of a fused matrix, and a matrix of its own, in network and encoder."""
+    """Changes one weight of a fused matrix, and a matrix of its own, in network and encoder.
+
+    The encoder's own one is its embedding.
+    """
     draws = torch.Generator().manual_seed(5)
     names = {
         "diffusion_model.layers.0.feed_forward.w1.diff": (500, 192),
         "diffusion_model.layers.1.attention.out.diff": (192, 192),
         "text_encoders.qwen3_4b.transformer.model.layers.1.self_attn.k_proj.diff": (32, 64),
+        "text_encoders.qwen3_4b.transformer.model.embed_tokens.diff": (512, 64),
     }
     path = tmp_path / "lora.safetensors"
     save_file({name: torch.randn(*size, generator=draws) for name, size in names.items()}, path)
@@ -321,6 +325,7 @@ def test_loras_on_what_is_kept_come_and_go_bit_for_bit(model: Path, lora: Path):
     assert not isinstance(network.get_submodule("layers.0.feed_forward.w13"), StoredLinear)
     assert not isinstance(network.get_submodule("layers.1.attention.out"), StoredLinear)
     assert isinstance(network.get_submodule("layers.0.attention.out"), StoredLinear)
+    assert "model.embed_tokens.weight" in low.models.text_encoder.native_tensors()
     loaded = load(model, loras=[(lora, 0.5)])
     assert bits(loaded.generate("a cat", seed=7)) == changed
 
