@@ -114,7 +114,7 @@ def link_models(files: ModelFiles, folder: Path) -> ModelNames:
     if files.layout == "diffusers" or not all(path.is_file() for path in parts):
         raise SideError(
             "ComfyUI reads single files, and this model is a diffusers folder; give ComfyUI's "
-            "models folder, or the three files"
+            "models folder, the three files, or what turbo convert --layout comfyui writes"
         )
     for name in _FOLDERS[:-1]:
         (folder / name).mkdir(parents=True)

@@ -25,6 +25,7 @@ from turbo.comfyui_http import ServerHttp, Unreachable, is_loopback
 from turbo.engine import Engine
 from turbo.errors import BadInputError
 from turbo.messages import one_line
+from turbo.model_files import shown_name
 from turbo.plan import ModelSettings, plan_to_dict
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -103,7 +104,7 @@ class EngineTarget:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "model": describe_model(self._engine.models, self._engine.files.network.name),
+            "model": describe_model(self._engine.models, shown_name(self._engine.files.network)),
             "plan": plan_to_dict(replace(self._engine.plan, model=ModelSettings())),  # no paths
             "dtype": str(self._engine.models.dtype).removeprefix("torch."),
             "device": str(self._engine.models.device),

@@ -109,7 +109,8 @@ class SdcppSide(OutsideSide):
         parts = (self._files.network, self._files.text_encoder, self._files.vae)
         if self._files.layout in ("diffusers", "all-in-one") or not all(p.is_file() for p in parts):
             raise SideError(
-                "stable-diffusion.cpp reads three single files; give ComfyUI's models folder"
+                "stable-diffusion.cpp reads three single files; give ComfyUI's models folder, or "
+                "what turbo convert --layout comfyui writes"
             )
         if self._scratch is None:
             self._scratch = Path(tempfile.mkdtemp(prefix="turbo-bench-"))

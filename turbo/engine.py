@@ -47,7 +47,7 @@ from turbo.latent import STRIDE
 from turbo.memory import VAE_TILE as VAE_TILE
 from turbo.memory import choose_memory, count_outline, lower_plan, memory_plans
 from turbo.memory_errors import drop_frames, out_of_memory, phase, tried_again
-from turbo.model_files import ModelFiles, find_model_files
+from turbo.model_files import ModelFiles, find_model_files, shown_name
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.noise import MAX_SEED, check_seed
 from turbo.pipeline import (
@@ -578,9 +578,9 @@ class Engine:
             "plan": plan_to_dict(replace(resolved, model=ModelSettings())),  # no local paths
             "loras": made.loras,
             "models": {
-                "network": self.files.network.name,
-                "text_encoder": self.files.text_encoder.name,
-                "vae": self.files.vae.name,
+                "network": shown_name(self.files.network),
+                "text_encoder": shown_name(self.files.text_encoder),
+                "vae": shown_name(self.files.vae),
             },
             "device": self.models.device.type,
             "dtype": _name(self.models.dtype),

@@ -110,6 +110,11 @@ class ModelFiles:
         )
 
 
+def shown_name(path: Path) -> str:
+    """A component for people: its file's name, or its folder's with the model's before it."""
+    return f"{path.parent.name}/{path.name}" if path.is_dir() else path.name
+
+
 def find_model_files(
     path: Path | str | None = None,
     *,

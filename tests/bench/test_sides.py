@@ -94,7 +94,7 @@ def test_diffusers_gives_no_time_of_a_picture_beside_which_it_compiled(loaded: L
 def test_warming_up_asks_once_for_every_pair_of_lengths_that_the_first_picture_lacks(
     loaded: LoadedModel,
 ):
-    prompt = "a lighthouse"
+    prompt = "a lighthouse on a cliff at dawn, waves below"  # longer than 32 tokens
     while len(loaded.engine.models.tokenizer.encode_prompt(f"{prompt}, take 9")) % 32:
         prompt += "x"  # until one character more makes the padded length larger
     options = Namespace(prompt=prompt, negative="", seed=1, rounds=12)

@@ -10,7 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from turbo.errors import CheckpointError, LoraError, TokenizerNotFoundError
-from turbo.model_files import PREFERRED_FILES, ModelFiles, find_model_files, resolve_lora
+from turbo.model_files import (
+    PREFERRED_FILES,
+    ModelFiles,
+    find_model_files,
+    resolve_lora,
+    shown_name,
+)
 from turbo.names import AUTOENCODER, COMPONENTS, NETWORK, TEXT_ENCODER
 from turbo.testing import initialise, make_tiny_model, qwen3_shapes
 
@@ -118,6 +124,13 @@ def test_a_diffusers_folder_gives_component_folders(diffusers: Path):
         AUTOENCODER: diffusers / "vae",
     }
     assert files.tokenizer == diffusers / "tokenizer"
+
+
+def test_a_component_is_called_as_its_file_or_its_folder_in_the_model(
+    diffusers: Path, models: Path
+):
+    assert shown_name(find_model_files(models).network) == PREFERRED_FILES[NETWORK]
+    assert shown_name(find_model_files(diffusers).network) == "diffusers/transformer"
 
 
 def test_a_diffusers_folder_that_lacks_a_component_says_so(diffusers: Path, models: Path):
