@@ -365,7 +365,8 @@ def batch_loss(
         usual = 3 * level / (1 + 2 * level)
         sigmas = torch.where(high, part.level + (1 - part.level) * level, usual)
     things = _things_in(clean, part.around)
-    only = _choose_tokens(things, part.tokens, rng) if part.tokens and size == 0 else None
+    fewer = size == 0 and 0 < part.tokens < things[0].numel() // PATCH**2
+    only = _choose_tokens(things, part.tokens, rng) if fewer else None
     weight = 1 + part.emphasis * things if part.emphasis else None
     return painter.loss(clean, sigmas, noise, painter.caption(ids, lengths), weight, only)
 
