@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gguf import GGMLQuantizationType as Kind
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import turbo.engine
@@ -248,6 +248,21 @@ def test_the_embedding_is_kept_too(folders: Mapping[str, Path]):
     in_floats = 2 * TINY_TEXT_ENCODER["vocab_size"] * TINY_TEXT_ENCODER["hidden_size"]
     (held,) = set(counts)
     assert held == sum(tensor.nbytes for tensor in table.tensors) < 0.6 * in_floats
+
+
+def test_an_embedding_in_float8_is_kept_too(folders: Mapping[str, Path], tmp_path: Path):
+    shutil.copytree(folders["float8"], tmp_path / "models")
+    path = find_model_files(tmp_path / "models").text_encoder
+    tensors = load_file(path)
+    name = "model.embed_tokens"
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
+    tensors[f"{name}.scale_weight"] = torch.tensor(0.7)
+    save_file(tensors, path)
+    want = bits(load(tmp_path / "models", "fast").generate("a cat", seed=7))
+    engine = load(tmp_path / "models")
+    assert bits(engine.generate("a cat", seed=7)) == want
+    table = engine.models.text_encoder.stored_rows()[f"{name}.weight"]
+    assert [tensor.dtype for tensor in table.tensors][:1] == [torch.float8_e4m3fn]
 
 
 def test_so_it_does_in_float32(folders: Mapping[str, Path]):
