@@ -110,12 +110,7 @@ def link_models(files: ModelFiles, folder: Path) -> ModelNames:
     Raises:
         SideError: ComfyUI cannot read the files.
     """
-    parts = (files.network, files.text_encoder, files.vae)
-    if files.layout == "diffusers" or not all(path.is_file() for path in parts):
-        raise SideError(
-            "ComfyUI reads single files, and this model is a diffusers folder; give ComfyUI's "
-            "models folder, the three files, or what turbo convert --layout comfyui writes"
-        )
+    names = names_of(files)
     for name in _FOLDERS[:-1]:
         (folder / name).mkdir(parents=True)
     loras = folder / "loras"
@@ -123,17 +118,27 @@ def link_models(files: ModelFiles, folder: Path) -> ModelNames:
         loras.symlink_to(files.loras_dir.absolute(), target_is_directory=True)
     else:
         loras.mkdir()
-    names = names_of(files)
     if names.checkpoint is not None:
         (folder / "checkpoints" / names.checkpoint).symlink_to(files.network.absolute())
         return names
-    for place, path in zip(_FOLDERS, parts):
+    for place, path in zip(_FOLDERS, (files.network, files.text_encoder, files.vae)):
         (folder / place / path.name).symlink_to(path.absolute())
     return names
 
 
 def names_of(files: ModelFiles) -> ModelNames:
-    """The names under which a server lists a model's files."""
+    """The names under which a server lists a model's files.
+
+    Raises:
+        SideError: ComfyUI cannot read the files.
+    """
+    parts = (files.network, files.text_encoder, files.vae)
+    if files.layout == "diffusers" or not all(path.is_file() for path in parts):
+        raise SideError(
+            "ComfyUI reads single files, and this model is a diffusers folder; give ComfyUI's "
+            "models folder, the three files, or what turbo convert --layout comfyui writes (the "
+            "built-in model's autoencoder ComfyUI cannot read; python -m bench model writes one)"
+        )
     if files.layout == "all-in-one":
         return ModelNames(checkpoint=files.network.name)
     return ModelNames(

@@ -233,7 +233,6 @@ class ComfyUISide(OutsideSide):
     def _greet_server(self, url: str) -> None:
         if self._launch is not None:
             raise MissingRivalError("give ComfyUI's address or how to start it, not both")
-        self._names = names_of(self._files)
         try:
             self._http = ServerHttp(url, ASK_SECONDS)
             self._stats = self._http.ask("/system_stats")
@@ -246,6 +245,7 @@ class ComfyUISide(OutsideSide):
             ) from error
         except TurboError as error:
             raise MissingRivalError(str(error)) from error
+        self._names = names_of(self._files)
         time.sleep(EMPTYING_SECONDS)
 
     def _answers(self) -> bool:

@@ -46,6 +46,8 @@ SEED = 42
 EXACT_RUN = "exact"
 PICTURES = 8
 """Prompts, if none are asked for."""
+MOST_JUDGED = 300
+"""Prompts that the judge has."""
 
 
 def choose_options(names: str | None, plan: Plan, dtype: str) -> list[Option]:
@@ -175,8 +177,12 @@ def title(data: Found) -> str:
     configuration = data["configuration"]
     model, count = configuration["model"], len(data["exact"]["pictures"])
     parameters = f"{sum(model['parameters'].values()):,} parameters"
-    if model["built_in"]:
-        parameters += " of random weights, so nothing here is about Z-Image itself"
+    if "paints" in model:
+        parameters += ", trained to paint simple scenes alone"
+    elif model["built_in"]:  # in older files
+        parameters += " of random weights"
+    if model["built_in"] or "paints" in model:
+        parameters += ", so nothing here is about Z-Image itself"
     return (
         f"Model: {model['name']}, {parameters}. Exact run: {configuration['dtype']} on "
         f"{configuration['device']}, no EasyCache. Seed {configuration['seed']}, prompts: {count}."
@@ -202,11 +208,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto",
                         help="of the exact run: auto, float32, bfloat16, float16")  # fmt: skip
     parser.add_argument("--prompts", metavar="N", type=int,
-                        help=f"how many (default: {PICTURES}, or all of the file)")  # fmt: skip
+                        help=f"how many (default: {PICTURES}, or all of the file); of the judge's "
+                        "scenes, if it judges")  # fmt: skip
     parser.add_argument("--prompts-file", metavar="FILE", type=Path, help="one prompt a line")
-    parser.add_argument("--judge", action="store_true",
+    parser.add_argument("--judge", action=argparse.BooleanOptionalAction,
                         help="for a model of tools.train_demo_model: prompts it was never "
-                        "trained on, and what share of the pictures is as they say")  # fmt: skip
+                        "trained on, and what share of the pictures is as they say (default: "
+                        "for the built-in model without a prompts file)")  # fmt: skip
     parser.add_argument("--seed", metavar="S", type=int, default=SEED, help=f"default: {SEED}")
     parser.add_argument("--options", metavar="NAMES",
                         help="separated by commas, of: "
@@ -224,10 +232,11 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     require_writable(options.output)
     require_writable(options.grid, "--grid")
     seed = check_seed(options.seed)
-    prompts, judge = _prompts_and_judge(options)
     if options.grid is not None and options.grid.suffix.lower() != ".png":
         raise BadInputError(f"--grid must end in .png, got {options.grid.name!r}")
     plan = (DEFAULT_PLAN if options.plan is None else load_plan(options.plan)).resolved()
+    built_in = not any((options.model, plan.model.path, plan.model.vae_path, plan.model.clip_path))
+    prompts, judge = _prompts_and_judge(options, built_in and _is_of_scenes(plan))
     device = pick_device(plan.model.device if options.device == "auto" else options.device)
     dtype = dtype_name(pick_dtype(_dtype_of(options, plan), device))
     chosen = choose_options(options.options, plan, dtype)
@@ -245,7 +254,7 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
         "command": ["quality", *command],
         "machine": describe_machine(str(device)),
         "configuration": {
-            "model": _describe_model(options.model, exact),
+            "model": _describe_model(options.model, exact, built_in, judge is not None),
             "plan": plan_to_dict(replace(plan, model=ModelSettings())),  # no local paths
             "prompts": prompts,
             "negative_prompt": "",
@@ -266,14 +275,28 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     return code
 
 
-def _prompts_and_judge(options: argparse.Namespace) -> tuple[list[str], Judge | None]:
-    if not options.judge:
+def _is_of_scenes(plan: Plan) -> bool:
+    """Whether pictures have about the proportion in which places and sizes are judged."""
+    from tools.scenes import HEIGHT
+
+    last = plan.stages[-1]
+    return abs(last.height / last.width / HEIGHT - 1) < 0.1
+
+
+def _prompts_and_judge(
+    options: argparse.Namespace, by_default: bool
+) -> tuple[list[str], Judge | None]:
+    has_file = options.prompts_file is not None
+    wanted = options.judge if options.judge is not None else by_default and not has_file
+    if not wanted:
         return read_prompts(options.prompts_file, options.prompts), None
-    if options.prompts_file is not None:
+    if has_file:
         raise BadInputError("--judge has prompts of its own; leave --prompts-file out")
     count = PICTURES if options.prompts is None else options.prompts
     if count < 1:
         raise BadInputError(f"--prompts must be at least 1, got {count}")
+    if count > MOST_JUDGED:
+        raise BadInputError(f"--prompts {count}: the judge has {MOST_JUDGED}; ask for fewer")
     from tools.judging import judge_one
     from tools.scenes import held_out_prompts
 
@@ -290,11 +313,11 @@ def _dtype_of(options: argparse.Namespace, plan: Plan) -> str:
     return str(plan.model.torch_dtype if options.dtype == "auto" else options.dtype)
 
 
-def _describe_model(given: str | None, engine: Engine) -> Found:
-    settings = engine.plan.model
-    built_in = not any((given, settings.path, settings.vae_path, settings.clip_path))
-    name = Path(given or settings.path or engine.files.network).name
-    return describe_model(engine.models, "built-in" if built_in else name) | {"built_in": built_in}
+def _describe_model(given: str | None, engine: Engine, built_in: bool, judged: bool) -> Found:
+    name = Path(given or engine.plan.model.path or engine.files.network).name
+    described = describe_model(engine.models, "built-in" if built_in else name)
+    paints = {"paints": "scenes"} if built_in or judged else {}
+    return {**described, "built_in": built_in, **paints}
 
 
 def _measure(study: Study, results: Results, grid: Path | None) -> int:

@@ -83,8 +83,10 @@ class Part:
 PARTS = (
     Part("network", 2, 6.0, 0.7, around=1, shares=(0.97, 0.02, 0.01), tokens=64),
     Part("network-whole", 6, 3.0, 0.45, level=0.65, around=2),
+    Part("network-large", 7, 3.0, 0.0, around=2, shares=(0.15, 0.45, 0.4)),
 )
-"""What is where in the first, edges and the larger sizes in the second, from a high rate again."""
+"""What is where in the first; edges in the second, from a high rate again; in the third those of
+the larger sizes."""
 PLAIN = Part("", 0, 0.0, 0.0)
 
 

@@ -102,9 +102,10 @@ WHOLE = Amounts(
     text=Schedule(steps=300, rate=3e-3, warm_up=20, ema=0.98),
     network=(
         Schedule(steps=3000, rate=3e-3, warm_up=60, ema=0.995, horizon=4200),
-        Schedule(steps=2000, rate=2.5e-3, warm_up=30, ema=0.99),
+        Schedule(steps=1100, rate=2.5e-3, warm_up=30, ema=0.99),
+        Schedule(steps=340, rate=1.5e-3, warm_up=20, ema=0.98),
     ),
-    lora=Schedule(steps=150, rate=3e-3, warm_up=20, ema=0.98),
+    lora=Schedule(steps=150, rate=6e-3, warm_up=20, ema=0.98),
     scenes=(5400, 520, 136),
     lora_scenes=(640, 80, 8),
 )
@@ -112,7 +113,7 @@ QUICK = Amounts(
     autoencoder=Schedule(steps=3, rate=2e-3),
     decoder=Schedule(steps=2, rate=1e-3),
     text=Schedule(steps=2, rate=1e-3),
-    network=(Schedule(steps=3, rate=1e-3),) * 2,
+    network=(Schedule(steps=3, rate=1e-3),) * 3,
     lora=Schedule(steps=2, rate=1e-3),
     scenes=(8, 8, 2),
     lora_scenes=(8, 8, 2),

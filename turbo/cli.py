@@ -249,7 +249,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model",
         metavar="PATH",
-        help="ComfyUI's models folder, a diffusers folder or a checkpoint; default: TURBO_MODEL",
+        help="ComfyUI's models folder, a diffusers folder or a checkpoint; default: TURBO_MODEL, "
+        "or the built-in",
     )
     _add_file_options(model)
     model.add_argument(

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from turbo.builtin import builtin_model
 from turbo.errors import BadInputError, FailureError
 from turbo.messages import one_line, reason
 from turbo.outputs import Outputs, Saved
@@ -38,8 +39,9 @@ if TYPE_CHECKING:
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?(nan|inf|infinity)", re.I)
 _BUILT_IN_NOTICE = (
-    "turbo: no model given: the built-in tiny random one makes coloured noise; for real pictures "
-    "give --model (or TURBO_MODEL) a folder that holds Z-Image-Turbo, such as ComfyUI/models"
+    "turbo: no model given: the built-in one paints simple scenes, such as 'a red circle on a "
+    "blue background'; for Z-Image-Turbo give --model (or TURBO_MODEL) a folder that holds it, "
+    "such as ComfyUI/models"
 )
 _UNUSED_NEGATIVE = "turbo: --negative has no effect: cfg is 1 in every stage of the plan"
 
@@ -116,8 +118,6 @@ class ModelPaths:
 
         path: str | Path | None = self.path
         if self.is_built_in:
-            from turbo.testing import builtin_model
-
             path = builtin_model()
         return find_model_files(path, **self.files)
 
@@ -151,7 +151,7 @@ def plan(args: Namespace) -> None:
     path = args.model or asked.model.path  # not the environment's, which holds here alone
     text = dump_plan(replace(plan, model=replace(plan.model, path=path)))
     paths = ModelPaths.of(plan, args.diffusion_model)
-    if not paths.is_built_in:
+    if not paths.is_built_in:  # its files are read by PyTorch, and this command starts at once
         files = paths.find()
         need = _Need.of(plan, files.open())
         text += "".join(f"# {one_line(line, limit=None)}\n" for line in need.lines(files))
@@ -176,7 +176,7 @@ def info(args: Namespace) -> None:
         _print_json(found, indent=2)
     else:
         print("\n".join(_info_lines(found)))
-    if found["model"] and "problem" in found["model"]:
+    if "problem" in found["model"]:
         raise BadInputError(found["model"]["problem"])
 
 
@@ -194,11 +194,10 @@ def _info_lines(found: dict[str, Any]) -> Iterator[str]:
     yield from _model_lines(found["model"])
 
 
-def _model_lines(model: dict[str, Any] | None) -> Iterator[str]:
-    if model is None:
-        yield "model: none given; turbo generate would use the built-in tiny random one"
-    elif "problem" not in model:
-        yield f"model: {model['layout']}"
+def _model_lines(model: dict[str, Any]) -> Iterator[str]:
+    if "problem" not in model:
+        built_in = "none given; turbo generate would use the built-in one, of simple scenes: "
+        yield f"model: {built_in * model['built_in']}{model['layout']}"
         for component, part in model["components"].items():
             yield f"  {component}: {', '.join(part['files'])} ({_size(part['file_bytes'])})"
         yield f"  tokenizer: {model['tokenizer'] or 'not found'}"
@@ -253,6 +252,10 @@ def convert(args: Namespace) -> None:
     if args.layout == "comfyui" and groups != COMFYUI_NORM_GROUPS:
         print(f"ComfyUI itself cannot read this autoencoder: it has {groups} groups in its norms, "
               f"ComfyUI always {COMFYUI_NORM_GROUPS}")  # fmt: skip
+    if files.loras_dir is not None and next(files.loras_dir.rglob("*.safetensors"), None):
+        print(
+            one_line(f"LoRAs are not copied: give those of {files.loras_dir} by path", limit=None)
+        )
     print(one_line(f"wrote {out}; turbo generate --model {out} uses it", limit=None))
 
 
@@ -459,6 +462,8 @@ def generate(args: Namespace) -> None:
     if args.dry_run:
         _dry_run(args, plan, paths, loras, outputs)
         return
+    if paths.is_built_in:
+        builtin_model()  # so that nothing is said of it if it is not there
     _print_notices(args, plan, paths)
     imports = _import_seconds() if args.timings else 0.0
     # Where the model lies on this machine is no part of what a picture says about itself.

@@ -248,7 +248,7 @@ class Engine:
         Args:
             path: A ComfyUI or diffusers folder or an all-in-one checkpoint; see `find_model_files`.
                 Without it and without files, the plan's, and if that has none the built-in
-                model of random weights.
+                model, which paints simple scenes; see `turbo.builtin`.
             diffusion_model: The network's file; wins over what `path` holds.
             text_encoder: The text encoder's file.
             vae: The autoencoder's file.
@@ -308,7 +308,7 @@ class Engine:
         if not any((path, diffusion_model, text_encoder, vae)):
             path, vae, text_encoder = settings.path, settings.vae_path, settings.clip_path
             if not any((path, vae, text_encoder)):
-                from turbo.testing import builtin_model
+                from turbo.builtin import builtin_model
 
                 path = builtin_model()
         # A plan file may name the network's own file as its model path, beside two other files.

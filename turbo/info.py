@@ -14,7 +14,8 @@ import torch
 
 from turbo._version import __version__
 from turbo.attention import usable_attention
-from turbo.cache_folder import default_cache_dir, user_cache
+from turbo.builtin import builtin_model
+from turbo.cache_folder import default_cache_dir
 from turbo.errors import CheckpointError
 from turbo.model_files import ModelFiles, find_model_files, hub_cache
 
@@ -53,7 +54,8 @@ def collect_info(
 
     Returns:
         `turbo`, `python`, `platform`, `packages` (name -> version or None), `devices`, `caches`,
-        and `model`: None if none was given, else its files; or its `problem` if they are not found.
+        and `model`: its files, and whether it is the built-in one, `built_in`, because none was
+        given; or its `problem` if they are not found.
     """
     given = {
         "diffusion_model": diffusion_model,
@@ -61,7 +63,7 @@ def collect_info(
         "vae": vae,
         "tokenizer": tokenizer,
     }
-    is_given = model is not None or any(value is not None for value in given.values())
+    weights = (model, diffusion_model, text_encoder, vae)
     return {
         "turbo": __version__,
         "python": platform.python_version(),
@@ -70,11 +72,10 @@ def collect_info(
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": _devices(),
         "caches": {
-            "turbo": str(user_cache() / "turbo"),
             "compiled_code": str(default_cache_dir()),
             "hugging_face": str(hub_cache()),
         },
-        "model": _model(model, given) if is_given else None,
+        "model": _model(model, given, built_in=not any(weights)),
     }
 
 
@@ -122,10 +123,12 @@ def _host_memory() -> int | None:
         return None
 
 
-def _model(path: str | Path | None, given: dict[str, str | Path | None]) -> dict[str, Any]:
+def _model(
+    path: str | Path | None, given: dict[str, str | Path | None], *, built_in: bool
+) -> dict[str, Any]:
     try:
-        files = find_model_files(path, **given)
-        return {"layout": files.layout, **_found(files)}
+        files = find_model_files(builtin_model() if built_in else path, **given)
+        return {"layout": files.layout, "built_in": built_in, **_found(files)}
     except CheckpointError as error:
         return {"problem": str(error)}
 

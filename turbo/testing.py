@@ -1,16 +1,13 @@
 """Small complete models with random weights, in the exact file layouts of the real one.
 
-They are what runs when no model is given, and what tests run on. Values depend on seed, tensor name
+They are what tests and some measurements run on. Values depend on seed, tensor name
 and shape alone, so two layouts of one seed hold bit-equal weights.
 """
 
 from __future__ import annotations
 
-import atexit
-import json
 import math
 import os
-import shutil
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -24,7 +21,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from turbo.cache_folder import user_cache
 from turbo.converted_files import LAYOUTS
 from turbo.diffusers_folder import (
     DIFFUSERS_FILES,
@@ -75,7 +71,7 @@ class ModelSize:
 
 
 TINY = ModelSize(network=TINY_NETWORK, text_encoder=TINY_TEXT_ENCODER, autoencoder=TINY_AUTOENCODER)
-"""The built-in model's."""
+"""Some 10 MB in bfloat16."""
 
 _ADALN_WIDTH = 256
 _TIME_FREQUENCIES = 256
@@ -87,9 +83,6 @@ _CHAT_TEMPLATE = (
     "message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-
-_CONTENTS_FILE = "contents.json"
 
 
 def make_tiny_model(
@@ -139,28 +132,6 @@ def make_model(
     except (OSError, SafetensorError) as error:
         raise SaveError(f"{folder}: cannot write the model: {error}") from error
     return folder
-
-
-def builtin_model(cache_dir: Path | str | None = None, seed: int = 0) -> Path:
-    """The small model that is used when none is given, made once and kept in the user's cache.
-
-    Args:
-        cache_dir: Folder to keep it in; without it ``$XDG_CACHE_HOME/turbo`` or ``~/.cache/turbo``.
-        seed: Seed of its weights.
-
-    Returns:
-        Its folder; in a temporary place, removed at exit, if the cache cannot be written.
-    """
-    cache = Path(cache_dir) if cache_dir is not None else user_cache() / "turbo"
-    folder = cache / f"tiny-model-v1-{seed}"
-    try:
-        if not _is_complete(folder):
-            _put_model(folder, seed)
-        return folder
-    except (OSError, SaveError):
-        temporary = tempfile.mkdtemp(prefix="turbo-")
-        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        return make_tiny_model(Path(temporary, folder.name), seed=seed)
 
 
 def initialise(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
@@ -363,7 +334,6 @@ def _write_model(folder: Path, size: ModelSize, layout: str, seed: int, dtype: t
         _write_comfyui(folder, weights, dtype)
     else:
         _write_diffusers(folder, weights, dtype, size)
-    write_json(folder / _CONTENTS_FILE, {"seed": seed, "sizes": _file_sizes(folder)})
 
 
 def _write_comfyui(
@@ -463,35 +433,3 @@ def _save(weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None
     tensors = {name: values.to(dtype).contiguous() for name, values in weights.items()}
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # the library leaves them readable to their owner alone
-
-
-def _file_sizes(folder: Path) -> dict[str, int]:
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != _CONTENTS_FILE
-    }
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether all files of a model are there, each of its size; others may lie beside them."""
-    try:
-        sizes = json.loads((folder / _CONTENTS_FILE).read_bytes())["sizes"]
-        return bool(sizes.items() <= _file_sizes(folder).items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _put_model(folder: Path, seed: int) -> None:
-    """Put a whole model where none or a damaged one is; another process may do the same now."""
-    if not folder.is_absolute():
-        raise SaveError(f"{folder}: the user has no home folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        fresh = make_tiny_model(Path(temporary, "fresh"), seed=seed)
-        try:
-            os.replace(fresh, folder)
-        except OSError:  # there is one already: renew its files, keep what the user put beside them
-            for name in (*_file_sizes(fresh), _CONTENTS_FILE):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(fresh / name, folder / name)

@@ -190,11 +190,27 @@ def test_the_grid_has_a_row_for_each_prompt(folder: Path, results: dict[str, Any
         assert grid.height > 2 * 2 * 256  # of 64 x 48 pixels, 192 wide
 
 
-def test_the_built_in_model_is_called_random(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_built_in_model_is_judged_and_said_to_paint_simple_scenes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     plan = write_plan(folder / "one.yaml", Plan(stages=(replace(STAGES[1], denoise=1.0),)))
     command = ["--plan", str(plan), "--prompts", "1", "--options", "easycache", "--device", "cpu"]
-    assert quality.main(command) == 0
-    assert "of random weights, so nothing here is about Z-Image itself" in capsys.readouterr().out
+    assert quality.main([*command, "-o", str(tmp_path / "r.json")]) == 0
+    out = capsys.readouterr().out
+    assert "trained to paint simple scenes alone, so nothing here is about Z-Image itself" in out
+    assert "as the prompt says" in out
+    data = read_results(tmp_path / "r.json", ["quality"])
+    model = data["configuration"]["model"]
+    assert (model["built_in"], model.pop("paints")) == (True, "scenes")
+    assert data["configuration"]["prompts"] == [prompt for prompt, _ in held_out_prompts(1)]
+    assert "of random weights, so nothing here is about Z-Image itself" in title(data)  # an old one
+    own = tmp_path / "prompts.txt"
+    own.write_text("a cat\n")
+    square = write_plan(folder / "square.yaml", Plan(stages=(replace(STAGES[0], denoise=1.0),)))
+    other = ["--plan", str(square), "--options", "float16"]
+    for more in (["--no-judge"], ["--prompts-file", str(own)], other):
+        assert quality.main([*command, *more]) == 0
+        assert "as the prompt says" not in capsys.readouterr().out
 
 
 def test_an_option_that_changes_nothing_is_identical(folder: Path, tmp_path: Path):
@@ -291,7 +307,8 @@ def test_an_interrupted_run_keeps_the_prompts_that_were_done(
         (["--options", ""], "no option ''"),
         (["--options", "bfloat16", "--dtype", "bfloat16"], "bfloat16 is the exact run itself"),
         (["--prompts", "0"], "--prompts must be at least 1, got 0"),
-        (["--prompts", "1000"], "ask for fewer"),
+        (["--prompts", "1000"], "the judge has 300; ask for fewer"),
+        (["--prompts", "1000", "--no-judge"], "ask for fewer, or give more in a --prompts-file"),
         (["--prompts", "many"], "invalid int value"),
         (["--prompts-file", "none.txt"], "none.txt: cannot be read: No such file"),
         (["--prompts-file", "{empty}"], "holds no prompt"),

@@ -1,4 +1,4 @@
-"""turbo and diffusers as sides, on the built-in model and small stages."""
+"""turbo and diffusers as sides, on small models and stages."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from bench.turbo_side import LoadedModel, TurboSide
 from turbo.acceleration import SpeedUps
 from turbo.engine import Engine
 from turbo.plan import Plan, dump_plan
+from turbo.testing import make_tiny_model
 
 EXACT = replace(
     SMALL.plan, stages=tuple(replace(stage, easycache=None) for stage in SMALL.plan.stages)
@@ -34,8 +35,13 @@ REQUEST = Request(prompt="a lighthouse", negative_prompt="blurry", seed=3)
 
 
 @pytest.fixture(scope="module")
-def loaded() -> LoadedModel:
-    return LoadedModel.load(None, device="cpu")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("sides") / "model")
+
+
+@pytest.fixture(scope="module")
+def loaded(model: Path) -> LoadedModel:
+    return LoadedModel.load(model, device="cpu")
 
 
 @pytest.fixture
@@ -160,10 +166,10 @@ def test_skipped_calls_and_guidance_are_counted_as_they_are(loaded: LoadedModel)
     assert "total" not in counting.of("a", "b", {"stage1": (0, 8)})
 
 
-def test_the_fingerprint_changes_with_the_weights(loaded: LoadedModel):
+def test_the_fingerprint_changes_with_the_weights(loaded: LoadedModel, model: Path):
     models = loaded.engine.models
     before = fingerprint(models)
-    assert fingerprint(Engine.from_pretrained(device="cpu").models) == before
+    assert fingerprint(Engine.from_pretrained(model, device="cpu").models) == before
     token = models.transformer.x_pad_token
     kept = token.detach().clone()
     try:

@@ -23,13 +23,13 @@ from turbo.compile.cache import pack, write_entry
 
 from tests.conftest import REPOSITORY
 from turbo import __version__, commands
+from turbo.builtin import builtin_model
 from turbo.checkpoint import Checkpoint
 from turbo.cli import CAPTURES, main
 from turbo.commands import parse_lora
 from turbo.errors import BadInputError, NonFiniteLatentError
 from turbo.image_file import read_metadata
 from turbo.plan import DEFAULT_PLAN, ModelSettings, Plan, load_plan, plan_to_dict
-from turbo.testing import builtin_model
 
 SMALL_PLAN = """\
 generation:
@@ -178,7 +178,7 @@ def test_a_bare_prompt_uses_the_default_plan_and_says_what_model(
         r"turbo-7\.png: seed 7, \d+\.\d\d s, network calls skipped: stage2 9 of 16\n", out
     )
     assert err.count("\n") == 1
-    assert "built-in tiny random one" in err
+    assert "the built-in one paints simple scenes" in err
     assert "--model (or TURBO_MODEL)" in err
     assert os.listdir(folder) == ["turbo-7.png"]
 
@@ -598,6 +598,13 @@ def test_a_plan_on_a_full_disk_leaves_nothing(
     assert os.listdir(folder) == []
 
 
+def test_without_the_built_in_model_nothing_is_said_of_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("turbo.builtin._FOLDER", folder)
+    assert "the built-in model is not there; install turbo" in refused(capsys, "generate", "a cat")
+
+
 def test_info_tells_versions_and_names_a_missing_model(capsys: pytest.CaptureFixture[str]):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
@@ -630,7 +637,7 @@ def compiled(folder: Path) -> Path:
     write_entry(kept / "c.compiled", b"damaged")
     for age, name in enumerate("abc"):
         os.utime(kept / f"{name}.compiled", (1e9 - age, 1e9 - age))
-    (kept / "built-in model").touch()
+    (kept / "another file").touch()
     return kept
 
 
@@ -676,7 +683,7 @@ def test_clearing_the_cache_removes_compiled_code_alone(
     assert main(["cache", "clear"]) == 0
     out = capsys.readouterr().out
     assert re.fullmatch(rf"folder: {compiled}\nremoved 3 entries, [\d.]+ KiB\n", out)
-    assert os.listdir(compiled) == ["built-in model"]
+    assert os.listdir(compiled) == ["another file"]
     for action in ("list", "clear"):
         assert main(["cache", action]) == 0
         assert capsys.readouterr().out == f"folder: {compiled}\nno compiled code is kept here\n"
@@ -720,16 +727,10 @@ def test_listing_the_cache_does_not_import_torch(compiled: Path):
 # With the real engine and the built-in model.
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the built-in model is kept for these tests."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def small(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def small(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Arguments for a quick picture."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("TURBO_CACHE", str(tmp_path / "compiled"))
     Path("plan.yaml").write_text(SMALL_PLAN)
     return ["generate", "a lighthouse", "--plan", "plan.yaml", "--seed", "42"]
 
@@ -743,7 +744,7 @@ def test_the_built_in_model_makes_pictures(small: list[str]):
     done = turbo(*small, "-o", "a.png", "--save-stages")
     assert done.returncode == 0
     assert done.stderr.count("\n") == 1
-    assert "built-in tiny random one" in done.stderr
+    assert "the built-in one paints simple scenes" in done.stderr
     assert re.match(r"a\.png: seed 42, \d", done.stdout)
     assert pixels("a.png").shape == (96, 80, 3)
     assert pixels("a-stage1.png").shape == (64, 64, 3)
@@ -791,7 +792,7 @@ def test_a_dry_run_prints_plan_and_memory_and_makes_nothing(
     assert main([*small, "--dry-run", "-o", "a.png"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert re.search(r"# weights of network: [\d.]+ MiB, from .*safetensors", out)
+    assert re.search(r"# weights of network: [\d.]+ MiB, from .*transformer", out)
     assert "# largest activations of decode: " in out
     assert re.search(r"# memory low: [\d.]+ MiB at most on .*\n(# .*\n)*# memory: fast\n", out)
     assert re.search(r"# tokenizer: .+", out)

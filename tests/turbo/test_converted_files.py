@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from turbo import cli
+from turbo.builtin import builtin_model
 from turbo.cli import main
 from turbo.converted_files import LAYOUTS, write_converted
 from turbo.engine import Engine
@@ -70,7 +71,7 @@ def test_files_are_those_that_are_made_in_the_layout(layout: str, tmp_path: Path
             wanted, given = load_file(path), load_file(same)
             assert wanted.keys() == given.keys()
             assert all(torch.equal(wanted[name], given[name]) for name in wanted)
-        elif path.suffix == ".json" and path.name != "contents.json":
+        elif path.suffix == ".json":
             assert json.loads(path.read_bytes()) == json.loads(same.read_bytes())
 
 
@@ -128,7 +129,24 @@ def test_the_command_converts_and_says_how_to_use_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made, out = make_tiny_model(tmp_path / "m"), tmp_path / "out"
+    (made / "models" / "loras" / "style.safetensors").touch()
     assert main(["convert", str(made), "-o", str(out), "--layout", "diffusers"]) == 0
-    assert f"turbo generate --model {out} uses it" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"LoRAs are not copied: give those of {made / 'models' / 'loras'} by path" in said
+    assert f"turbo generate --model {out} uses it" in said
     assert find_model_files(out).layout == "diffusers"
     assert cli.LAYOUTS == LAYOUTS
+
+
+def test_the_built_in_model_is_converted_where_none_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["convert", "-o", str(out), "--layout", "comfyui"]) == 0
+    said = capsys.readouterr().out
+    assert "ComfyUI itself cannot read this autoencoder: it has 4 groups" in said
+    pictures = []
+    for folder in (builtin_model(), out):
+        engine = Engine.from_pretrained(folder, device="cpu", plan=SMALL)
+        pictures.append(engine.generate("a red circle", seed=1).image.tobytes())
+    assert pictures[0] == pictures[1]

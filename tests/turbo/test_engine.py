@@ -25,6 +25,7 @@ from transformers import Qwen3Model
 import turbo.engine
 from turbo import commands
 from turbo.autoencoder import to_pixels, to_uint8
+from turbo.builtin import builtin_model
 from turbo.checkpoint import Checkpoint
 from turbo.cli import main
 from turbo.engine import Engine, Result, pick_device, pick_dtype
@@ -1130,12 +1131,11 @@ def test_a_plan_names_the_models_files(engine: Engine):
     assert bits(again.generate("a cat", seed=7)) == bits(engine.generate("a cat", seed=7))
 
 
-def test_without_a_model_the_built_in_one_is_used(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_without_a_model_the_built_in_one_is_used():
     built_in = Engine.from_pretrained(device="cpu", dtype="float32", plan=PLAN)
-    assert bits(built_in.generate("a cat", seed=7)) == bits(engine.generate("a cat", seed=7))
+    named = Engine.from_pretrained(builtin_model(), device="cpu", dtype="float32", plan=PLAN)
+    assert built_in.files == named.files
+    assert bits(built_in.generate("a cat", seed=7)) == bits(named.generate("a cat", seed=7))
 
 
 @pytest.mark.parametrize(

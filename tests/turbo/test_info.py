@@ -21,8 +21,20 @@ def test_versions_and_devices_are_told():
     assert info["devices"][0]["name"]
     assert "sdpa" in info["devices"][0]["attention"]
     assert len(info["devices"]) == 1 + torch.cuda.device_count()
-    assert info["model"] is None
     json.dumps(info)
+
+
+def test_without_a_model_the_built_in_one_is_told():
+    model = collect_info()["model"]
+    assert model["built_in"]
+    assert model["layout"] == "diffusers"
+
+
+def test_a_package_without_the_built_in_model_is_a_problem_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("turbo.builtin._FOLDER", tmp_path)
+    assert "the built-in model is not there" in collect_info()["model"]["problem"]
 
 
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers"])
@@ -30,6 +42,7 @@ def test_the_files_of_a_model_are_told(tmp_path: Path, layout: str):
     folder = make_tiny_model(tmp_path / "model", layout=layout)
     model = collect_info(folder)["model"]
     assert model["layout"] == layout
+    assert not model["built_in"]
     assert set(model["components"]) == {"network", "text_encoder", "autoencoder"}
     assert all(part["file_bytes"] > 0 for part in model["components"].values())
     assert model["tokenizer"] is not None
@@ -53,10 +66,8 @@ def test_a_missing_model_is_a_problem_told(tmp_path: Path):
 def test_the_caches_follow_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TURBO_CACHE", str(tmp_path / "compiled"))
     assert collect_info()["caches"] == {
-        "turbo": str(tmp_path / "cache" / "turbo"),
         "compiled_code": str(tmp_path / "compiled"),
         "hugging_face": str(tmp_path / "hf" / "hub"),
     }
@@ -65,7 +76,6 @@ def test_the_caches_follow_the_environment(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "relative, which the standard says to ignore")
     assert collect_info()["caches"] == {
-        "turbo": str(tmp_path / ".cache" / "turbo"),
         "compiled_code": str(tmp_path / ".cache" / "turbo"),
         "hugging_face": str(tmp_path / ".cache" / "huggingface" / "hub"),
     }

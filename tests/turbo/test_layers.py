@@ -77,7 +77,7 @@ def test_every_import_keeps_to_the_layers():
 
 def test_the_engine_was_looked_at():
     names = {name for _, name in imported_names(REPOSITORY / "turbo" / "engine.py", "turbo")}
-    assert {"torch", "turbo.plan.Plan", "turbo.testing.builtin_model"} <= names
+    assert {"torch", "turbo.plan.Plan", "turbo.builtin.builtin_model"} <= names
 
 
 @pytest.mark.parametrize(

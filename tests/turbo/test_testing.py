@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ from turbo.testing import (
     TINY_TEXT_ENCODER,
     Shapes,
     autoencoder_shapes,
-    builtin_model,
     initialise,
     make_tiny_model,
     qwen3_shapes,
@@ -208,42 +205,3 @@ def test_nothing_is_left_when_writing_fails(
     with pytest.raises(SaveError, match="No space left"):
         make_tiny_model(tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_built_in_model_is_made_once(tmp_path: Path):
-    folder = builtin_model(tmp_path)
-    assert folder == tmp_path / "tiny-model-v1-0"
-    stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    (folder / "models" / "loras" / "mine.safetensors").write_bytes(b"x")
-    assert builtin_model(tmp_path) == folder
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path.is_file())
-
-
-def test_a_damaged_built_in_model_is_made_again_around_the_users_files(tmp_path: Path):
-    folder = builtin_model(tmp_path)
-    mine = folder / "models" / "loras" / "mine.safetensors"
-    mine.write_bytes(b"x")
-    vae = folder / "models" / "vae" / "ae.safetensors"
-    whole = vae.read_bytes()
-    vae.write_bytes(whole[:1000])
-    assert builtin_model(tmp_path).joinpath("models/vae/ae.safetensors").read_bytes() == whole
-    assert mine.exists()
-
-
-def test_two_processes_may_make_the_built_in_model_at_once(tmp_path: Path):
-    with ThreadPoolExecutor(2) as pool:
-        folders = set(pool.map(lambda _: builtin_model(tmp_path), range(2)))
-    assert len(folders) == 1
-    assert find_model_files(folders.pop()).open()
-
-
-def test_the_built_in_model_lies_in_the_users_cache(tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert builtin_model() == tmp_path / "turbo" / "tiny-model-v1-0"
-
-
-def test_without_a_writable_cache_the_built_in_model_is_temporary(tmp_path: Path):
-    (tmp_path / "file").write_text("")
-    folder = builtin_model(tmp_path / "file" / "cache")
-    assert tmp_path not in folder.parents
-    assert os.path.isdir(folder / "models")

@@ -1,0 +1,113 @@
+"""The built-in model as it lies in the package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, ZImageTransformer2DModel
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+from tests.conftest import REPOSITORY
+from tools.demo_network import PARTS
+from tools.judging import judge_one
+from tools.scenes import Scene, Thing
+from turbo.builtin import builtin_model
+from turbo.converted_files import norm_groups
+from turbo.engine import Engine
+from turbo.errors import CheckpointError
+from turbo.model_files import find_model_files
+from turbo.plan import DEFAULT_PLAN, Plan
+from turbo.tokenizer import Tokenizer
+
+MOST_BYTES = 24_000_000
+FIRST_STAGE = Plan(stages=DEFAULT_PLAN.stages[:1])
+PROMPT = "a red circle on a blue background"
+SCENE = Scene((Thing("circle", "red", "", 0.5, 0.64, 0.2),), "blue", "plain")
+
+
+@pytest.fixture(scope="module")
+def files() -> list[Path]:
+    return sorted(path for path in builtin_model().rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.from_pretrained(device="cpu", plan=FIRST_STAGE)
+
+
+def test_its_files_are_those_of_its_list_of_sums(files: list[Path]):
+    lines = (builtin_model() / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    found = {
+        path.relative_to(builtin_model()).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.name != "SHA256SUMS"
+    }
+    assert found == {name: digest for digest, name in (line.split("  ") for line in lines)}
+
+
+def test_it_is_small_and_bfloat16(files: list[Path]):
+    assert sum(path.stat().st_size for path in files) <= MOST_BYTES
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    assert len(weights) == 3
+    for path in weights:
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}, path
+
+
+def test_all_its_files_are_package_data(files: list[Path]):
+    text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    table = text.partition("[tool.setuptools.package-data]\n")[2].partition("\n[")[0]
+    [patterns] = [line.partition(" = ")[2] for line in table.split("\n") if "turbo = " in line]
+    package = builtin_model().parent  # as setuptools finds them
+    found = {path for pattern in json.loads(patterns) for path in glob(str(package / pattern))}
+    assert {path for path in found if not os.path.isdir(path)} == set(map(str, files))
+
+
+def test_its_log_tells_the_command_and_every_phase():
+    log = (builtin_model() / "training.log").read_text(encoding="utf-8")
+    assert log.startswith("command: python -m tools.train_demo_model --seed 0 --threads 2, torch ")
+    parts = [part.name for part in PARTS]
+    for phase in ("autoencoder", "decoder", "text", *parts):
+        assert f"{phase}: step " in log
+    assert "/" not in log
+
+
+def test_diffusers_and_transformers_read_it_without_a_rest():
+    kinds = {
+        "transformer": ZImageTransformer2DModel,
+        "vae": AutoencoderKL,
+        "text_encoder": Qwen3ForCausalLM,
+    }
+    for name, kind in kinds.items():
+        _, info = kind.from_pretrained(builtin_model() / name, output_loading_info=True)
+        assert not any(info.values()), name
+
+
+@pytest.mark.parametrize("text", [PROMPT, "é 猫\n", "<|im_end|> x"])
+def test_transformers_reads_the_same_tokenizer(text: str):
+    folder = builtin_model() / "tokenizer"
+    theirs = AutoTokenizer.from_pretrained(folder)
+    message = [{"role": "user", "content": text}]
+    prompt = theirs.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    assert Tokenizer.from_path(folder).encode_prompt(text) == theirs(prompt).input_ids
+
+
+def test_a_group_of_its_norms_holds_several_channels():
+    assert norm_groups(find_model_files(builtin_model()).open()) == 4
+
+
+def test_it_paints_what_is_asked_for(engine: Engine):
+    assert judge_one(np.asarray(engine.generate(PROMPT, seed=42).image), SCENE).whole
+
+
+def test_a_package_without_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("turbo.builtin._FOLDER", tmp_path)
+    with pytest.raises(CheckpointError, match="built-in model is not there; install turbo again"):
+        builtin_model()
