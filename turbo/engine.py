@@ -32,6 +32,7 @@ from turbo.acceleration import (
     open_cache,
 )
 from turbo.attention import AttentionChoice, AttentionTimes, measure_attention, pick_attention
+from turbo.builtin import builtin_model
 from turbo.cache_folder import default_cache_dir
 from turbo.checkpoint import Checkpoint
 from turbo.compile import CaptureReport
@@ -308,8 +309,6 @@ class Engine:
         if not any((path, diffusion_model, text_encoder, vae)):
             path, vae, text_encoder = settings.path, settings.vae_path, settings.clip_path
             if not any((path, vae, text_encoder)):
-                from turbo.builtin import builtin_model
-
                 path = builtin_model()
         # A plan file may name the network's own file as its model path, beside two other files.
         if diffusion_model is None and path and text_encoder and vae and Path(path).is_file():
