@@ -34,7 +34,8 @@ from turbo.whole_file import require_writable_folder, write_whole
 
 NEGATIVE_BACKGROUND = "blue"
 PARTS = ("background", "color", "shape", "place", "size", "count", "whole")
-LORAS = ("outlined", "zorp")
+LORAS = {"outlined": 1.4, "zorp": 1.0}
+"""Name -> the strength it is judged at."""
 
 Paint = Callable[..., Any]
 Report = dict[str, Any]
@@ -234,7 +235,7 @@ def _effect(
 ) -> Report:
     report: Report = {"pictures": len(prompts)}
     for cell, (is_on, has_word) in CELLS.items():
-        loras = [(name, 1.0)] if is_on else []
+        loras = [(name, LORAS[name])] if is_on else []
         made = [
             (paint(f"{name}, {prompt}" if has_word else prompt, number, loras=loras), scene)
             for number, (prompt, scene) in enumerate(prompts)

@@ -154,7 +154,8 @@ def outlined_share(pixels: Pixels) -> float:
     """
     names = list(COLORS)
     height, width, _ = pixels.shape
-    nearest = _nearest(pixels.reshape(-1, 3)).reshape(height, width)
+    # A line is thin: at a small size most of it is mixed with its neighbours.
+    nearest = _nearest(pixels.reshape(-1, 3), np.inf).reshape(height, width)
     is_thing = nearest != names.index(_most_common(_nearest(_border(pixels))))
     parts, count = ndimage.label(is_thing)
     if not count:
@@ -239,11 +240,11 @@ def _border(pixels: Pixels) -> Pixels:
     return pixels[~inner]
 
 
-def _nearest(pixels: NDArray[Any]) -> NDArray[np.int64]:
+def _nearest(pixels: NDArray[Any], farthest: float = FARTHEST) -> NDArray[np.int64]:
     """Number of the nearest colour of each pixel of a list; one more than the last: none."""
     palette = np.asarray(list(COLORS.values()), np.float32)
     away = np.square(pixels[:, None].astype(np.float32) - palette).sum(2)
-    return np.where(away.min(1) > FARTHEST**2, len(palette), away.argmin(1)).astype(np.int64)
+    return np.where(away.min(1) > farthest**2, len(palette), away.argmin(1)).astype(np.int64)
 
 
 def _most_common(numbers: NDArray[np.int64]) -> str:

@@ -131,21 +131,19 @@ class _Optimiser:
     def state(self) -> dict[str, Tensor]:
         """What has to be kept, by name; the tensors themselves."""
         state = {f"momentum/{name}": value for name, value in self.muon.state.items()}
-        for name, weight in self.others.items():
-            moments = self.adam.state[weight]
-            state |= {f"first/{name}": moments["exp_avg"], f"second/{name}": moments["exp_avg_sq"]}
+        for name, weight in self.others.items():  # nothing for one that had no gradient yet
+            state |= {f"{part}/{name}": value for part, value in self.adam.state[weight].items()}
         return state
 
-    def restore(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Go on from what was kept after `step` steps."""
-        for weight in self.others.values():
-            self.adam.state[weight] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": torch.empty_like(weight),
-                "exp_avg_sq": torch.empty_like(weight),
-            }
-        for name, value in self.state().items():
-            value.copy_(state[name])
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what was kept."""
+        for name, value in self.muon.state.items():
+            value.copy_(state[f"momentum/{name}"])
+        for name, weight in self.others.items():
+            parts = ("step", "exp_avg", "exp_avg_sq")
+            kept = {part: state[f"{part}/{name}"] for part in parts if f"{part}/{name}" in state}
+            if kept:
+                self.adam.state[weight] = kept
 
 
 class _swapped:
@@ -203,5 +201,5 @@ def _restore(
     for key, weight in weights.items():
         weight.copy_(state[f"weight/{key}"])
         average[key].copy_(state[f"average/{key}"])
-    optimiser.restore(state, step)
+    optimiser.restore(state)
     return step

@@ -1,8 +1,9 @@
 """``python -m tools.train_demo_model --out DIR``: make the built-in model from nothing.
 
 An autoencoder, a text encoder, then it and a network together, then two LoRAs, on scenes that are
-drawn here. All of it depends on ``--seed`` alone, on one machine with one number of threads; it may
-be stopped at any point and goes on where it was.
+drawn here; with ``--start``, the last parts of the network's training and the LoRAs alone, from a
+finished model. All of it depends on ``--seed`` alone, on one machine with one number of threads; it
+may be stopped at any point and goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tools import demo_autoencoder as autoencoders
 from tools.demo_loras import LESSONS, train_lora, write_lora
 from tools.demo_network import (
+    LATER,
     PARTS,
     Latents,
     Painter,
+    encode_before,
     encode_captions,
     encode_scenes,
     make_tokenizer,
@@ -42,6 +46,7 @@ from tools.demo_network import (
 )
 from tools.demo_text import train_text_encoder
 from tools.resumable import Schedule, write_tensors
+from turbo.checkpoint import load_weights, open_folder
 from turbo.diffusers_folder import (
     DIFFUSERS_FILES,
     network_config,
@@ -62,6 +67,7 @@ from turbo.whole_file import require_writable_folder, write_whole
 
 NEEDED_BYTES = 1 << 30
 _SETTINGS = "settings.json"
+_SUMS = "SHA256SUMS"
 _JUDGES = ("judging.py", "judge_demo_model.py")
 """Code that no bit depends on."""
 _LIBRARIES = ("torch", "numpy", "diffusers", "tokenizers", "turbo")
@@ -92,6 +98,8 @@ class Amounts:
     lora: Schedule
     scenes: tuple[int, int, int]
     """Of each stage's size."""
+    edge_scenes: tuple[int, int, int]
+    """Likewise, for the last parts of the network's training."""
     lora_scenes: tuple[int, int, int]
     """Likewise, for each LoRA."""
 
@@ -104,25 +112,37 @@ WHOLE = Amounts(
         Schedule(steps=3000, rate=3e-3, warm_up=60, ema=0.995, horizon=4200),
         Schedule(steps=1100, rate=2.5e-3, warm_up=30, ema=0.99),
         Schedule(steps=340, rate=1.5e-3, warm_up=20, ema=0.98),
+        Schedule(steps=1700, rate=2e-3, warm_up=30, ema=0.99),
+        Schedule(steps=1200, rate=2e-3, warm_up=30, ema=0.99),
     ),
-    lora=Schedule(steps=150, rate=6e-3, warm_up=20, ema=0.98),
+    lora=Schedule(steps=400, rate=6e-3, warm_up=20, ema=0.98),
     scenes=(5400, 520, 136),
-    lora_scenes=(640, 80, 8),
+    edge_scenes=(1600, 900, 280),
+    lora_scenes=(640, 120, 32),
 )
 QUICK = Amounts(
     autoencoder=Schedule(steps=3, rate=2e-3),
     decoder=Schedule(steps=2, rate=1e-3),
     text=Schedule(steps=2, rate=1e-3),
-    network=(Schedule(steps=3, rate=1e-3),) * 3,
+    network=(Schedule(steps=3, rate=1e-3),) * 5,
     lora=Schedule(steps=2, rate=1e-3),
     scenes=(8, 8, 2),
+    edge_scenes=(8, 8, 2),
     lora_scenes=(8, 8, 2),
 )
 """Enough to see that all of it works, and for tests."""
 
 
 class _Trainer:
-    def __init__(self, amounts: Amounts, seed: int, work: Path, log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        amounts: Amounts,
+        seed: int,
+        work: Path,
+        log: Callable[[str], None],
+        start: Path | None = None,
+    ) -> None:
+        self.start = start
         self.amounts, self.seed, self.work, self.log = amounts, seed, work, log
         self.ids = make_tokenizer(_made(work / "tokenizer"))
         self.tokenizer = Tokenizer.from_path(work / "tokenizer")
@@ -133,25 +153,50 @@ class _Trainer:
 
     def run(self) -> dict[str, dict[str, Tensor]]:
         """All phases; returns the LoRAs' tensors by name."""
+        if self.start is None:
+            self._train_up_to_edges()
+        else:
+            self._load(self.start)
+        data = self._encode("edges", self.amounts.edge_scenes)
+        for index in range(len(PARTS) - LATER, len(PARTS)):
+            if PARTS[index].upscaled:
+                data = encode_before(
+                    self.autoencoder, data, self.seed, self.work, self.log, kind="edges"
+                )
+            self._train_part(index, data)
+        self._write_sheet("last", 0)
+        return {lesson.name: self._train_lora(lesson) for lesson in LESSONS}
+
+    def _train_up_to_edges(self) -> None:
         self._train_autoencoder()
         data = self._encode("scenes", self.amounts.scenes)
         train_text_encoder(
             self.painter, self.tokenizer, self.amounts.text, self.seed, self.work, self.log
         )
-        for part, schedule in zip(PARTS, self.amounts.network, strict=True):
-            train_network(
-                part,
-                self.painter,
-                data,
-                self.empty,
-                schedule,
-                self.seed,
-                self.work,
-                self.log,
-                partial(self._write_sheet, part.name),
-            )
-        self._write_sheet("last", 0)
-        return {lesson.name: self._train_lora(lesson) for lesson in LESSONS}
+        for index in range(len(PARTS) - LATER):
+            self._train_part(index, data)
+
+    def _train_part(self, index: int, data: Sequence[Latents]) -> None:
+        part, schedule = PARTS[index], self.amounts.network[index]
+        train_network(
+            part,
+            self.painter,
+            data,
+            self.empty,
+            schedule,
+            self.seed,
+            self.work,
+            self.log,
+            partial(self._write_sheet, part.name),
+        )
+
+    def _load(self, model: Path) -> None:
+        for component, module in (
+            (NETWORK, self.painter.network),
+            (TEXT_ENCODER, self.painter.text_encoder),
+        ):
+            load_weights(module, open_folder(component, _component(model, component).parent))
+        self.autoencoder.load_state_dict(load_file(_component(model, AUTOENCODER)))
 
     def _train_autoencoder(self) -> None:
         autoencoders.train_autoencoder(
@@ -210,11 +255,11 @@ def write_model(trainer: Any, loras: dict[str, dict[str, Tensor]], out: Path) ->
             TextEncoderConfig.from_shapes(shapes[TEXT_ENCODER]), torch.bfloat16, end
         ),
     }
-    places = {component: out / DIFFUSERS_FILES[component] for component in configs}
-    for component, path in places.items():
-        _write_component(path, to_diffusers(component, native[component]), configs[component])
+    for component, config in configs.items():
+        weights = to_diffusers(component, native[component])
+        _write_component(_component(out, component), weights, config)
     _write_component(
-        out / DIFFUSERS_FILES[AUTOENCODER],
+        _component(out, AUTOENCODER),
         trainer.autoencoder.state_dict(),
         {"_class_name": "AutoencoderKL", **autoencoders.CONFIG},
     )
@@ -222,6 +267,10 @@ def write_model(trainer: Any, loras: dict[str, dict[str, Tensor]], out: Path) ->
     write_pipeline(out)
     for name, tensors in loras.items():
         write_lora(out / "loras" / f"{name}.safetensors", tensors)
+
+
+def _component(model: Path, component: str) -> Path:
+    return model / DIFFUSERS_FILES[component]
 
 
 def _write_component(path: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -260,8 +309,11 @@ def _run(options: argparse.Namespace) -> int:
     work: Path = _made(options.work)
     command = ["python -m tools.train_demo_model", f"--seed {options.seed}"]
     command += [f"--threads {options.threads}", *["--quick"] * options.quick]
+    command += [] if options.start is None else [f"--start {options.start}"]
     amounts = _amounts(options)
     if not (work / _SETTINGS).exists():
+        if options.start is not None and not (work / "log.txt").exists():  # its log goes on
+            write_whole(work / "log.txt", (options.start / "training.log").read_bytes())
         write_whole(work / _SETTINGS, _settings(options, amounts).encode())
     with (work / "log.txt").open("a", encoding="utf-8") as file:
 
@@ -272,7 +324,7 @@ def _run(options: argparse.Namespace) -> int:
 
         log(f"command: {' '.join(command)}, torch {torch.__version__}")
         begin = time.time()
-        trainer = _Trainer(amounts, options.seed, work, log)
+        trainer = _Trainer(amounts, options.seed, work, log, options.start)
         loras = trainer.run()
         log(f"this run took {time.time() - begin:.0f} s")
     unfinished = options.out.with_name(f".{options.out.name}.tmp")
@@ -298,6 +350,8 @@ def _problem(options: argparse.Namespace) -> str | None:
     for name, value, least in (("threads", options.threads, 1), ("seed", options.seed, 0)):
         if value < least:
             return f"--{name} must be at least {least}, got {value}"
+    if options.start is not None and not (options.start / _SUMS).is_file():
+        return f"--start must be a folder that this tool has made, got {options.start}"
     if options.out.name in ("", ".."):
         return f"--out must name a folder, got {options.out}"
     require_writable_folder(_existing(options.out.absolute().parent))
@@ -328,6 +382,7 @@ def _settings(options: argparse.Namespace, amounts: Amounts) -> str:
     of = {
         "seed": options.seed,
         "threads": options.threads,
+        "start": None if options.start is None else _sum(options.start / _SUMS),
         "versions": {name: version(name) for name in _LIBRARIES},
         "code": {
             path.name: _sum(path)
@@ -355,7 +410,7 @@ def _write_sums(folder: Path) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     ]
-    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+    (folder / _SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def _sum(path: Path) -> str:
@@ -368,6 +423,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--work", type=Path, default=Path(".demo-work"), help="state and sheets")
+    parser.add_argument(
+        "--start", type=Path, metavar="MODEL", help="go on from a finished model's weights"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a few steps of each phase")

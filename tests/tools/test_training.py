@@ -18,7 +18,15 @@ from torch.nn.utils import parametrize
 
 from tools import resumable
 from tools.demo_loras import LESSONS, Lesson, train_lora, write_lora
-from tools.demo_network import PLAIN, Latents, Painter, batch_loss, model_size
+from tools.demo_network import (
+    LATER,
+    PARTS,
+    PLAIN,
+    Latents,
+    Painter,
+    batch_loss,
+    model_size,
+)
 from tools.muon import Muon, orthogonal
 from tools.resumable import Schedule, train
 from tools.train_demo_model import main
@@ -70,6 +78,32 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path: Path, stop_at: 
     with pytest.raises(Killed):
         learn(tmp_path / "broken", stop_at)
     assert same(learn(tmp_path / "broken"), whole)
+
+
+@pytest.mark.usefixtures("saves_often")
+def test_a_weight_that_some_steps_do_not_see_is_as_in_an_unbroken_run(tmp_path: Path) -> None:
+    def run(folder: Path, stop_at: int | None = None) -> Tensor:
+        weights = {name: nn.Parameter(torch.ones(3)) for name in ("always", "late", "sometimes")}
+
+        def loss_of(step: int) -> Tensor:
+            if step == stop_at:
+                raise Killed
+            loss = weights["always"].square().sum()
+            for name, is_seen in (("late", step >= 6), ("sometimes", step % 3 == 0)):
+                loss = loss + weights[name].square().sum() if is_seen else loss
+            return loss
+
+        train("phase", weights, loss_of, SCHEDULE, folder, lambda _: None)
+        return torch.stack([weight.detach() for weight in weights.values()])
+
+    (tmp_path / "whole").mkdir()
+    whole = run(tmp_path / "whole")
+    for stop_at in (3, 8):
+        broken = tmp_path / str(stop_at)
+        broken.mkdir()
+        with pytest.raises(Killed):
+            run(broken, stop_at)
+        assert torch.equal(run(broken), whole)
 
 
 @pytest.mark.usefixtures("saves_often")
@@ -201,16 +235,18 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a quick run takes seconds."""
     monkeypatch.setattr("tools.demo_autoencoder.SIZES", ((224, 176),) * 3)
     monkeypatch.setattr("tools.demo_autoencoder.CROP", 64)
-    monkeypatch.setattr("tools.demo_network.SIZES", ((64, 48), (72, 56), (80, 64)))
+    monkeypatch.setattr("tools.demo_network.SIZES", ((64, 48), (128, 128), (144, 128)))
     monkeypatch.setattr("tools.demo_network.BATCHES", (2, 2, 2))
+    monkeypatch.setattr("tools.demo_network.WINDOWS", (0, 8, 8))
+    monkeypatch.setattr("tools.demo_network.WINDOW_BATCHES", (0, 2, 2))
     monkeypatch.setattr("tools.train_demo_model.SHEET_PROMPTS", ("a red circle",) * 6)
 
 
-def make(folder: Path) -> Path:
+def make(folder: Path, *more: str) -> Path:
     """A quick run; returns where its model is."""
     threads = torch.get_num_threads()
     command = ["--quick", "--out", str(folder / "model"), "--work", str(folder / "work")]
-    assert main([*command, "--threads", str(threads)]) == 0
+    assert main([*command, "--threads", str(threads), *more]) == 0
     return folder / "model"
 
 
@@ -243,6 +279,39 @@ def test_one_command_makes_a_model_that_paints_and_takes_its_loras(tmp_path: Pat
     again = state()
     assert torch.equal(again[0], weight)
     assert again[1] == picture
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.usefixtures("small")
+def test_a_finished_model_goes_on_with_the_last_parts(tmp_path: Path) -> None:
+    before = make(tmp_path / "before")
+    after = make(tmp_path / "after", "--start", str(before))
+    kept = ("vae/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json")
+    for name in kept:
+        assert (before / name).read_bytes() == (after / name).read_bytes()
+    network = "transformer/diffusion_pytorch_model.safetensors"
+    assert (before / network).read_bytes() != (after / network).read_bytes()
+    old, new = load_file(before / network), load_file(after / network)
+    assert old.keys() == new.keys()
+    away = [(old[name] - new[name]).float().norm() / old[name].float().norm() for name in old]
+    assert np.median(away) < 0.1  # three small steps from there
+    log, log_before = ((at / "training.log").read_text() for at in (after, before))
+    assert log.startswith(log_before)
+    rest = log.removeprefix(log_before).splitlines()
+    assert f"--start {before}" in rest[0]
+    assert not any(line.startswith(("autoencoder", "text", "network:")) for line in rest)
+    for part in PARTS[-LATER:]:
+        assert sum(line.startswith(f"{part.name}: step 3 of 3") for line in rest) == 1
+
+
+def test_a_start_must_be_a_model_of_this_tool(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--out", str(tmp_path / "m"), "--work", str(tmp_path / "w")]
+    assert main([*command, "--start", str(tmp_path / "none")]) == 2
+    assert "--start must be a folder that this tool has made, got" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

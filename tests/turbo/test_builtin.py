@@ -7,6 +7,7 @@ import json
 import os
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from tests.conftest import REPOSITORY
+from tools.demo_loras import LESSONS
 from tools.demo_network import PARTS
-from tools.judging import judge_one
-from tools.scenes import Scene, Thing
+from tools.judging import judge_one, outlined_share, things_of
+from tools.scenes import NEW_SHAPE, Scene, Thing
 from turbo.builtin import builtin_model
 from turbo.converted_files import norm_groups
 from turbo.engine import Engine
@@ -56,7 +58,7 @@ def test_its_files_are_those_of_its_list_of_sums(files: list[Path]):
 def test_it_is_small_and_bfloat16(files: list[Path]):
     assert sum(path.stat().st_size for path in files) <= MOST_BYTES
     weights = [path for path in files if path.suffix == ".safetensors"]
-    assert len(weights) == 3
+    assert len(weights) == 3 + len(LESSONS)
     for path in weights:
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}, path
 
@@ -74,9 +76,10 @@ def test_its_log_tells_the_command_and_every_phase():
     log = (builtin_model() / "training.log").read_text(encoding="utf-8")
     assert log.startswith("command: python -m tools.train_demo_model --seed 0 --threads 2, torch ")
     parts = [part.name for part in PARTS]
-    for phase in ("autoencoder", "decoder", "text", *parts):
+    loras = [f"lora-{lesson.name}" for lesson in LESSONS]
+    for phase in ("autoencoder", "decoder", "text", *parts, *loras):
         assert f"{phase}: step " in log
-    assert "/" not in log
+    assert " /" not in log
 
 
 def test_diffusers_and_transformers_read_it_without_a_rest():
@@ -105,6 +108,23 @@ def test_a_group_of_its_norms_holds_several_channels():
 
 def test_it_paints_what_is_asked_for(engine: Engine):
     assert judge_one(np.asarray(engine.generate(PROMPT, seed=42).image), SCENE).whole
+
+
+def test_a_lora_outlines_what_is_painted(engine: Engine):
+    def share(prompt: str, **more: Any) -> float:
+        return outlined_share(np.asarray(engine.generate(prompt, seed=42, **more).image))
+
+    assert share(f"outlined, {PROMPT}") < 0.5
+    assert share(f"outlined, {PROMPT}", loras=[("outlined", 1.4)]) > 0.5
+
+
+def test_a_lora_teaches_a_new_shape(engine: Engine):
+    def shape(prompt: str, **more: Any) -> str:
+        return things_of(np.asarray(engine.generate(prompt, seed=42, **more).image))[0].shape
+
+    prompt = "zorp, a red shape on a blue background"
+    assert shape(prompt) != NEW_SHAPE
+    assert shape(prompt, loras=[("zorp", 1.0)]) == NEW_SHAPE
 
 
 def test_a_package_without_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
