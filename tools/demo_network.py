@@ -24,7 +24,7 @@ from torch.nn import functional
 from tools.demo_autoencoder import SIZES, to_tensor
 from tools.resumable import Schedule, train, write_tensors
 from tools.scenes import Scene, all_words, draw_scene, random_scene
-from turbo.latent import to_sampler
+from turbo.latent import resize, to_sampler
 from turbo.testing import ModelSize, initialise, qwen3_shapes, write_tokenizer, zimage_shapes
 from turbo.text_encoder import TextEncoder, TextEncoderConfig
 from turbo.tokenizer import PROMPT_PREFIX, PROMPT_SUFFIX, WORDS, Tokenizer
@@ -440,8 +440,8 @@ def _upscaling_error(before: Tensor, clean: Tensor) -> Tensor:
     ``(1 - s) * clean + s * (noise + (1 / s - 1) * (upscaled - clean))``. So the error is a part of
     the noise, and stays the same part of it while the noise falls.
     """
-    upscaled = functional.interpolate(before, clean.shape[-2:], mode="nearest-exact")
-    return upscaled - clean
+    height, width = clean.shape[-2:]
+    return resize(before, height, width, "nearest-exact") - clean
 
 
 def only_tokens(latents: Tensor, only: Tensor) -> Tensor:
