@@ -1,7 +1,7 @@
 """Muon, https://kellerjordan.github.io/posts/muon: steps whose directions are all equally long.
 
 The autoencoder came to 30.8 dB in 513 steps with it; with AdamW it had 14 dB after 600.
-PyTorch's own works in bfloat16, which most CPUs have no arithmetic for.
+PyTorch's own works in bfloat16 alone, which many CPUs have no arithmetic for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ _LENGTH = 0.4
 class Muon:
     """For matrices and convolutions; `state` holds a momentum for each, by name."""
 
-    def __init__(self, weights: Mapping[str, Tensor], parts: Mapping[str, int], decay: float):
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        parts: Mapping[str, int],
+        decay: float,
+        precision: torch.dtype = torch.float32,
+    ):
         """Make one.
 
         Args:
@@ -30,8 +36,9 @@ class Muon:
                 for each channel that comes out.
             parts: Name -> how many matrices are stacked in it, which are taken one by one.
             decay: Of weights, as AdamW's.
+            precision: Of the products.
         """
-        self.weights, self.decay = dict(weights), decay
+        self.weights, self.decay, self.precision = dict(weights), decay, precision
         self.state = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         self._groups: dict[torch.Size, list[tuple[str, int, int]]] = defaultdict(list)
         for name, weight in weights.items():
@@ -51,7 +58,8 @@ class Muon:
         for shape, members in self._groups.items():
             stack = [wanted[name].chunk(count)[index].flatten(1) for name, index, count in members]
             length = rate * _LENGTH * max(shape) ** 0.5
-            for (name, index, count), one in zip(members, orthogonal(torch.stack(stack))):
+            directions = orthogonal(torch.stack(stack).to(self.precision))
+            for (name, index, count), one in zip(members, directions):
                 weight = self.weights[name].chunk(count)[index]
                 weight.sub_(one.reshape(weight.shape), alpha=length)
 

@@ -59,6 +59,7 @@ def train(
     log: Callable[[str], None],
     on_save: Callable[[int], None] | None = None,
     matrices: Mapping[str, int] | None = None,
+    precision: torch.dtype = torch.float32,
 ) -> None:
     """Train `weights` in place; at the end they are their running average.
 
@@ -72,13 +73,14 @@ def train(
         on_save: Called with the step after the state was kept, with the averages in `weights`.
         matrices: The weights that Muon trains -> how many matrices are stacked in each; AdamW
             trains the others.
+        precision: Of Muon's products.
 
     Raises:
         FloatingPointError: A loss is not finite; what was kept before is left as it is.
     """
     path = folder / f"{name}.safetensors"
     average = {key: weight.detach().clone() for key, weight in weights.items()}
-    optimiser = _Optimiser(weights, matrices or {}, schedule.decay)
+    optimiser = _Optimiser(weights, matrices or {}, schedule.decay, precision)
     step = _restore(path, weights, average, optimiser)
     if step:
         log(f"{name}: goes on at step {step} of {schedule.steps}")
@@ -113,8 +115,14 @@ def train(
 class _Optimiser:
     """Muon for matrices, AdamW for the rest."""
 
-    def __init__(self, weights: Mapping[str, Tensor], matrices: Mapping[str, int], decay: float):
-        self.muon = Muon({name: weights[name] for name in matrices}, matrices, decay)
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        matrices: Mapping[str, int],
+        decay: float,
+        precision: torch.dtype,
+    ):
+        self.muon = Muon({name: weights[name] for name in matrices}, matrices, decay, precision)
         self.others = {name: of for name, of in weights.items() if name not in matrices}
         self.adam = torch.optim.AdamW(self.others.values(), betas=(0.9, 0.99), weight_decay=decay)
 

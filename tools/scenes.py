@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +82,7 @@ class Scene:
 
 
 def is_held_out(shape: str, color: str, background: str) -> bool:
-    """Whether a combination is never trained on, so that a judge may ask for it."""
+    """Whether a combination is never what is to be painted, so that a judge may ask for it."""
     return zlib.crc32(f"{shape} {color} {background}".encode()) % 8 == 0
 
 
@@ -141,6 +141,31 @@ def random_scene(
             continue
         if (held_out_in_pairs and len(scene.things) > 1) or not holds_held_out(scene):
             return Scene(scene.things, scene.background, scene.style, outlined), caption
+
+
+def hard_scene(rng: np.random.Generator) -> tuple[Scene, str]:
+    """A `random_scene`, more often one that is hard to paint: of stars or of small things."""
+    while True:
+        scene, caption = random_scene(rng)
+        is_hard = any(of.shape == "star" or of.size == "small" for of in scene.things)
+        if is_hard or rng.random() < 0.4:
+            return scene, caption
+
+
+def distorted(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene as a stage may have got it wrong: things moved, resized, of another shape.
+
+    A wrong shape may make a combination that is held out. The network sees it in the noise, as
+    what has to go.
+    """
+
+    def wrong(thing: Thing) -> Thing:
+        move_x, move_y = (float(move) for move in rng.uniform(-0.02, 0.02, 2))
+        shape = _pick(rng, SHAPES)[0] if rng.random() < 0.25 else thing.shape
+        radius = thing.radius * float(rng.uniform(0.88, 1.12))
+        return replace(thing, shape=shape, radius=radius, x=thing.x + move_x, y=thing.y + move_y)
+
+    return replace(scene, things=tuple(wrong(thing) for thing in scene.things))
 
 
 def holds_held_out(scene: Scene) -> bool:

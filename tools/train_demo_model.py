@@ -1,7 +1,7 @@
 """``python -m tools.train_demo_model --out DIR``: make the built-in model from nothing.
 
 An autoencoder, a text encoder, then it and a network together, then two LoRAs, on scenes that are
-drawn here; with ``--start``, the last parts of the network's training and the LoRAs alone, from a
+drawn here; with ``--start``, the last part of the network's training and the LoRAs alone, from a
 finished model. All of it depends on ``--seed`` alone, on one machine with one number of threads; it
 may be stopped at any point and goes on where it was.
 """
@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -33,9 +33,11 @@ from tools import demo_autoencoder as autoencoders
 from tools.demo_loras import LESSONS, train_lora, write_lora
 from tools.demo_network import (
     LATER,
+    MAKERS,
     PARTS,
     Latents,
     Painter,
+    Part,
     encode_before,
     encode_captions,
     encode_scenes,
@@ -46,6 +48,7 @@ from tools.demo_network import (
 )
 from tools.demo_text import train_text_encoder
 from tools.resumable import Schedule, write_tensors
+from turbo.attention import missing_compiler
 from turbo.checkpoint import load_weights, open_folder
 from turbo.diffusers_folder import (
     DIFFUSERS_FILES,
@@ -59,13 +62,14 @@ from turbo.latent import from_sampler
 from turbo.memory_errors import is_out_of_memory
 from turbo.messages import one_line
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
+from turbo.precision import arithmetic_dtype
 from turbo.testing import initialise, qwen3_shapes
 from turbo.text_encoder import TextEncoderConfig
 from turbo.tokenizer import Tokenizer
 from turbo.transformer import TransformerConfig
 from turbo.whole_file import require_writable_folder, write_whole
 
-NEEDED_BYTES = 1 << 30
+NEEDED_BYTES = 5 << 29
 _SETTINGS = "settings.json"
 _SUMS = "SHA256SUMS"
 _JUDGES = ("judging.py", "judge_demo_model.py")
@@ -96,10 +100,8 @@ class Amounts:
     text: Schedule
     network: tuple[Schedule, ...]
     lora: Schedule
-    scenes: tuple[int, int, int]
-    """Of each stage's size."""
-    edge_scenes: tuple[int, int, int]
-    """Likewise, for the last parts of the network's training."""
+    scenes: Mapping[str, tuple[int, int, int]]
+    """How many of each stage's size, of each kind in `MAKERS`."""
     lora_scenes: tuple[int, int, int]
     """Likewise, for each LoRA."""
 
@@ -114,20 +116,19 @@ WHOLE = Amounts(
         Schedule(steps=340, rate=1.5e-3, warm_up=20, ema=0.98),
         Schedule(steps=1700, rate=2e-3, warm_up=30, ema=0.99),
         Schedule(steps=1200, rate=2e-3, warm_up=30, ema=0.99),
+        Schedule(steps=7600, rate=2.5e-3, warm_up=50, ema=0.997),
     ),
     lora=Schedule(steps=400, rate=6e-3, warm_up=20, ema=0.98),
-    scenes=(5400, 520, 136),
-    edge_scenes=(1600, 900, 280),
+    scenes={"scenes": (5400, 520, 136), "edges": (1600, 900, 280), "hard": (6000, 1400, 560)},
     lora_scenes=(640, 120, 32),
 )
 QUICK = Amounts(
     autoencoder=Schedule(steps=3, rate=2e-3),
     decoder=Schedule(steps=2, rate=1e-3),
     text=Schedule(steps=2, rate=1e-3),
-    network=(Schedule(steps=3, rate=1e-3),) * 5,
+    network=(Schedule(steps=3, rate=1e-3),) * len(PARTS),
     lora=Schedule(steps=2, rate=1e-3),
-    scenes=(8, 8, 2),
-    edge_scenes=(8, 8, 2),
+    scenes=dict.fromkeys(MAKERS, (8, 8, 2)),
     lora_scenes=(8, 8, 2),
 )
 """Enough to see that all of it works, and for tests."""
@@ -141,8 +142,9 @@ class _Trainer:
         work: Path,
         log: Callable[[str], None],
         start: Path | None = None,
+        precision: torch.dtype | None = None,
     ) -> None:
-        self.start = start
+        self.start, self.precision = start, precision
         self.amounts, self.seed, self.work, self.log = amounts, seed, work, log
         self.ids = make_tokenizer(_made(work / "tokenizer"))
         self.tokenizer = Tokenizer.from_path(work / "tokenizer")
@@ -153,42 +155,47 @@ class _Trainer:
 
     def run(self) -> dict[str, dict[str, Tensor]]:
         """All phases; returns the LoRAs' tensors by name."""
+        first = 0
         if self.start is None:
-            self._train_up_to_edges()
+            self._train_before_network()
         else:
             self._load(self.start)
-        data = self._encode("edges", self.amounts.edge_scenes)
-        for index in range(len(PARTS) - LATER, len(PARTS)):
-            if PARTS[index].upscaled:
-                data = encode_before(
-                    self.autoencoder, data, self.seed, self.work, self.log, kind="edges"
-                )
-            self._train_part(index, data)
+            first = len(PARTS) - LATER
+        for index in range(first, len(PARTS)):
+            self._train_part(index)
         self._write_sheet("last", 0)
         return {lesson.name: self._train_lora(lesson) for lesson in LESSONS}
 
-    def _train_up_to_edges(self) -> None:
+    def _train_before_network(self) -> None:
         self._train_autoencoder()
-        data = self._encode("scenes", self.amounts.scenes)
         train_text_encoder(
             self.painter, self.tokenizer, self.amounts.text, self.seed, self.work, self.log
         )
-        for index in range(len(PARTS) - LATER):
-            self._train_part(index, data)
 
-    def _train_part(self, index: int, data: Sequence[Latents]) -> None:
-        part, schedule = PARTS[index], self.amounts.network[index]
+    def _train_part(self, index: int) -> None:
+        part = PARTS[index]
         train_network(
             part,
             self.painter,
-            data,
+            self._scenes_of(part),
             self.empty,
-            schedule,
+            self.amounts.network[index],
             self.seed,
             self.work,
             self.log,
             partial(self._write_sheet, part.name),
+            precision=self.precision,
         )
+
+    def _scenes_of(self, part: Part) -> list[Latents]:
+        make = MAKERS[part.scenes]
+        data = self._encode(part.scenes, self.amounts.scenes[part.scenes], make)
+        if not part.upscaled:
+            return data
+        return encode_before(
+            self.autoencoder, data, self.seed, self.work, self.log,
+            kind=part.scenes, make=make, is_distorted=part.scenes == "hard",
+        )  # fmt: skip
 
     def _load(self, model: Path) -> None:
         for component, module in (
@@ -224,11 +231,10 @@ class _Trainer:
             self.log,
         )
 
-    def _encode(self, kind: str, counts: Sequence[int], make: Any = None) -> list[Latents]:
-        chosen = {} if make is None else {"make": make}
+    def _encode(self, kind: str, counts: Sequence[int], make: Any) -> list[Latents]:
         return encode_scenes(
             self.autoencoder, self.tokenizer, counts, self.seed, self.work, self.log,
-            kind=kind, **chosen,
+            kind=kind, make=make,
         )  # fmt: skip
 
     @torch.inference_mode()
@@ -324,7 +330,7 @@ def _run(options: argparse.Namespace) -> int:
 
         log(f"command: {' '.join(command)}, torch {torch.__version__}")
         begin = time.time()
-        trainer = _Trainer(amounts, options.seed, work, log, options.start)
+        trainer = _Trainer(amounts, options.seed, work, log, options.start, _precision(options))
         loras = trainer.run()
         log(f"this run took {time.time() - begin:.0f} s")
     unfinished = options.out.with_name(f".{options.out.name}.tmp")
@@ -350,6 +356,8 @@ def _problem(options: argparse.Namespace) -> str | None:
     for name, value, least in (("threads", options.threads, 1), ("seed", options.seed, 0)):
         if value < least:
             return f"--{name} must be at least {least}, got {value}"
+    if not options.quick and (missing := missing_compiler(torch.device("cpu"))) is not None:
+        return f"compiling the network {missing}"
     if options.start is not None and not (options.start / _SUMS).is_file():
         return f"--start must be a folder that this tool has made, got {options.start}"
     if options.out.name in ("", ".."):
@@ -377,12 +385,20 @@ def _amounts(options: argparse.Namespace) -> Amounts:
     return QUICK if options.quick else WHOLE
 
 
+def _precision(options: argparse.Namespace) -> torch.dtype | None:
+    """That of the network's training; None: nothing is compiled, for a few steps."""
+    if options.quick:
+        return None
+    return arithmetic_dtype(torch.bfloat16, "cpu")
+
+
 def _settings(options: argparse.Namespace, amounts: Amounts) -> str:
     """All that the bits depend on."""
     of = {
         "seed": options.seed,
         "threads": options.threads,
         "start": None if options.start is None else _sum(options.start / _SUMS),
+        "precision": str(_precision(options)),
         "versions": {name: version(name) for name in _LIBRARIES},
         "code": {
             path.name: _sum(path)

@@ -239,7 +239,7 @@ def why_not(
     if backend == SDPA:
         return None
     if backend == FLEX:
-        missing = _missing_compiler(device)
+        missing = missing_compiler(device)
         if missing is not None or not may_compile:
             return missing
     elif device.type != "cuda":
@@ -254,7 +254,8 @@ def why_not(
     return _failed_trial(backend, device, dtype, head_dim)
 
 
-def _missing_compiler(device: torch.device) -> str | None:
+def missing_compiler(device: torch.device) -> str | None:
+    """What compiling for a device needs and this machine lacks, as the end of a sentence."""
     if device.type == "cuda":
         has = importlib.util.find_spec("triton") is not None
         return None if has else "needs Triton, which is not installed (pip install triton)"

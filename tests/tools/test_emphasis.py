@@ -54,7 +54,7 @@ def test_what_counts_more_early_ends_before_the_training_does(part: Part) -> Non
     half = part.after(FADED / 2)
     assert half.emphasis == pytest.approx(part.emphasis / 2)
     assert half.layout == pytest.approx(part.layout / 2)
-    assert (part.after(1.0).emphasis, part.after(1.0).layout) == (0, 0)
+    assert (part.after(1.0).emphasis, part.after(1.0).layout) == (part.lasting, 0)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -199,3 +199,52 @@ def test_only_some_tokens_are_those_of_the_picture_where_they_are(
     order = torch.randperm(64, generator=generator)
     turned = painter.velocity(latents, sigmas, caption, order)
     torch.testing.assert_close(turned, only_tokens(whole, order), rtol=1e-4, atol=1e-4)
+
+
+def test_small_things_can_count_as_much_as_large_ones() -> None:
+    latents = torch.zeros(2, 16, 20, 16)
+    latents[0, :, 4:14, 4:12] = 3  # 80 latents
+    latents[1, :, 4:8, 4:12] = 3  # 32 latents
+    ids = torch.zeros(2, 32, dtype=torch.int64)
+    data = Latents(latents, ids, torch.full((2,), 5))
+    weights: dict[bool, torch.Tensor] = {}
+    for alike in (False, True):
+
+        def note(clean: torch.Tensor, *rest: Any, alike: bool = alike) -> torch.Tensor:
+            extra = (rest[-2] - 1).sum((1, 2, 3))
+            large = (clean[:, 0] > 1).sum((1, 2)) == 80
+            weights[alike] = torch.stack((extra[large].mean(), extra[~large].mean()))
+            return torch.zeros(())
+
+        painter: Any = SimpleNamespace(loss=note, caption=lambda *_: None)
+        part = Part("", 0, 2.0, 0.0, shares=(1.0, 0.0, 0.0), alike=alike)
+        empty = ids[:1], data.lengths[:1]
+        batch_loss(painter, [data] * 3, empty, np.random.default_rng(0), part)
+    assert weights[False].tolist() == pytest.approx([160, 64])
+    large, small = weights[True].tolist()
+    assert large == pytest.approx(small)
+
+
+def test_high_noise_levels_of_the_larger_sizes_can_come_oftener() -> None:
+    latents = torch.zeros(2, 16, 8, 6)
+    ids = torch.zeros(2, 32, dtype=torch.int64)
+    data = Latents(latents, ids, torch.full((2,), 5))
+    found: dict[tuple[float, int], list[float]] = {}
+    for lean in (1.0, 0.5):
+        for size in (0, 2):
+
+            def note(
+                clean: torch.Tensor, sigmas: torch.Tensor, *_: Any, key: Any = (lean, size)
+            ) -> torch.Tensor:
+                found.setdefault(key, []).extend(sigmas.tolist())
+                return torch.zeros(())
+
+            painter: Any = SimpleNamespace(loss=note, caption=lambda *_: None)
+            shares = (float(size == 0), 0.0, float(size == 2))
+            part = Part("", 0, 0.0, 0.0, shares=shares, lean=lean)
+            for step in range(60):
+                rng = np.random.default_rng(step)
+                batch_loss(painter, [data] * 3, (ids[:1], data.lengths[:1]), rng, part)
+    assert found[1.0, 0] == found[0.5, 0]
+    plain, leaning = (np.asarray(found[lean, 2]) / MOST_SIGMA[2] for lean in (1.0, 0.5))
+    np.testing.assert_allclose(leaning, np.sqrt(plain), rtol=1e-5)

@@ -12,7 +12,9 @@ from tools.scenes import (
     SHAPES,
     Scene,
     Thing,
+    distorted,
     draw_scene,
+    hard_scene,
     held_out_prompts,
     holds_held_out,
     is_held_out,
@@ -110,3 +112,32 @@ def test_two_objects_are_told_in_full_and_held_out() -> None:
         assert holds_held_out(scene)
         assert all(thing.color in caption and thing.shape in caption for thing in scene.things)
         assert scene.background in caption
+
+
+def test_hard_scenes_show_stars_and_small_things_oftener() -> None:
+    def share(scenes: list[Scene]) -> tuple[float, float]:
+        stars = np.mean([any(of.shape == "star" for of in scene.things) for scene in scenes])
+        small = np.mean([any(of.size == "small" for of in scene.things) for scene in scenes])
+        return float(stars), float(small)
+
+    rng = np.random.default_rng(3)
+    usual = share([random_scene(rng)[0] for _ in range(1000)])
+    hard = [hard_scene(rng)[0] for _ in range(1000)]
+    assert not any(holds_held_out(scene) for scene in hard)
+    assert all(more > 1.15 * often for more, often in zip(share(hard), usual))
+    assert any(
+        all(of.shape != "star" and of.size != "small" for of in scene.things) for scene in hard
+    )
+
+
+def test_what_is_distorted_is_near_what_it_was_and_of_the_same_colours() -> None:
+    rng = np.random.default_rng(4)
+    pairs = [(scene, distorted(scene, rng)) for scene, _ in (hard_scene(rng) for _ in range(300))]
+    things = [of for pair in pairs for of in zip(*(scene.things for scene in pair))]
+    for one, other in things:
+        assert (one.color, one.size) == (other.color, other.size)
+        assert max(abs(one.x - other.x), abs(one.y - other.y)) <= 0.02
+        assert 0.88 <= other.radius / one.radius <= 1.12
+    others = np.mean([one.shape != other.shape for one, other in things])
+    assert others == pytest.approx(0.25 * 5 / 6, abs=0.06)
+    assert all(one.background == other.background for one, other in pairs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,15 +27,22 @@ from tools.demo_network import (
     Latents,
     Painter,
     batch_loss,
+    compiled,
+    encode_before,
+    encode_scenes,
+    make_tokenizer,
     model_size,
+    train_network,
 )
 from tools.muon import Muon, orthogonal
 from tools.resumable import Schedule, train
+from tools.scenes import Scene, hard_scene
 from tools.train_demo_model import main
 from turbo.engine import Engine
 from turbo.lora import apply_patches, match_lora, read_lora
 from turbo.names import NETWORK
 from turbo.plan import Plan, Stage
+from turbo.tokenizer import Tokenizer
 
 SCHEDULE = Schedule(steps=12, rate=0.1, warm_up=2)
 
@@ -162,7 +171,7 @@ def test_the_command_says_what_room_it_needs(
     full = SimpleNamespace(free=5 << 20)
     monkeypatch.setattr("tools.train_demo_model.shutil.disk_usage", lambda _: full)
     assert main(["--out", str(tmp_path / "model"), "--work", str(tmp_path / "work")]) == 2
-    assert "has 5 MiB free, 1024 MiB are needed" in capsys.readouterr().err
+    assert "has 5 MiB free, 2560 MiB are needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -204,7 +213,7 @@ def test_a_full_disk_or_memory_says_what_is_needed_and_kept(
     assert main(["--quick", "--out", str(tmp_path / "m"), "--work", str(tmp_path / "w")]) == 1
     said = capsys.readouterr().err
     assert f"what was trained is kept in {tmp_path / 'w'}" in said
-    assert "1024 MiB of disk" in said
+    assert "2560 MiB of disk" in said
 
 
 def test_a_mistake_in_the_code_is_not_taken_for_a_full_memory(
@@ -284,7 +293,7 @@ def test_one_command_makes_a_model_that_paints_and_takes_its_loras(tmp_path: Pat
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.usefixtures("small")
-def test_a_finished_model_goes_on_with_the_last_parts(tmp_path: Path) -> None:
+def test_a_finished_model_goes_on_with_the_last_part(tmp_path: Path) -> None:
     before = make(tmp_path / "before")
     after = make(tmp_path / "after", "--start", str(before))
     kept = ("vae/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json")
@@ -301,8 +310,130 @@ def test_a_finished_model_goes_on_with_the_last_parts(tmp_path: Path) -> None:
     rest = log.removeprefix(log_before).splitlines()
     assert f"--start {before}" in rest[0]
     assert not any(line.startswith(("autoencoder", "text", "network:")) for line in rest)
+    trained = {line.split(":")[0] for line in rest if line.startswith("network")}
+    assert trained == {part.name for part in PARTS[-LATER:]}
     for part in PARTS[-LATER:]:
         assert sum(line.startswith(f"{part.name}: step 3 of 3") for line in rest) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # PyTorch's own
+def test_a_compiled_network_learns_the_same_and_is_compiled_once_for_each_shape() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    plain, other = (Painter.make(model_size(600), 0) for _ in range(2))
+    painters = plain, compiled(other, cast(Any, backend))
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.zeros(2, 32, dtype=torch.int64)
+    for size in ((8, 6), (12, 8), (8, 6), (12, 8)):
+        clean, noise = torch.randn(2, 2, 16, *size, generator=rng)
+        sigmas, found = torch.tensor([0.3, 0.9]), []
+        for painter in painters:
+            weights = painter.weights()
+            for weight in weights.values():  # gates and outputs are nothing before training
+                torch.nn.init.normal_(
+                    weight.detach(),
+                    std=0.1,
+                    generator=torch.Generator().manual_seed(weight.numel()),
+                )
+                weight.requires_grad_(True)
+                weight.grad = None
+            caption = painter.caption(ids, torch.tensor([5, 9]))
+            painter.loss(clean, sigmas, noise, caption).backward()
+            found.append({name: weight.grad for name, weight in weights.items()})
+        assert len(found[0]) > 100
+        torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
+    assert len(graphs) == 2
+
+
+def test_products_are_in_lower_precision_where_that_is_asked_for_and_a_kill_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.demo_network.compiled", lambda painter: painter)
+    monkeypatch.setattr("tools.demo_network.BATCHES", (2, 2, 2))
+    monkeypatch.setattr(resumable, "SAVE_SECONDS", -1.0)
+    latents = torch.randn(4, 16, 8, 6, generator=torch.Generator().manual_seed(0))
+    ids = torch.zeros(4, 32, dtype=torch.int64)
+    data = [Latents(latents, ids, torch.full((4,), 5))] * 3
+    seen: list[torch.dtype | None] = []
+    really = Painter.velocity
+
+    def note(*given: Any) -> Tensor:
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return really(*given)
+
+    monkeypatch.setattr(Painter, "velocity", note)
+
+    def run(name: str, precision: torch.dtype | None, stop_at: int = 9) -> dict[str, Tensor]:
+        def on_save(step: int) -> None:
+            if step == stop_at:
+                raise Killed
+
+        (tmp_path / name).mkdir(exist_ok=True)
+        train_network(
+            replace(PLAIN, name="part"), Painter.make(model_size(600), 0), data,
+            (ids[:1], data[0].lengths[:1]), Schedule(steps=3, rate=1e-3), 0, tmp_path / name,
+            lambda _: None, on_save, precision=precision,
+        )  # fmt: skip
+        return dict(load_file(tmp_path / name / "part.safetensors"))
+
+    plain, same_dtype, lower = (run(str(of), of) for of in (None, torch.float32, torch.bfloat16))
+    assert seen == [None] * 6 + [torch.bfloat16] * 3
+    assert same(plain, same_dtype)
+    assert not same(plain, lower)
+    assert all(value.dtype == plain[name].dtype for name, value in lower.items())
+    with pytest.raises(Killed):
+        run("broken", torch.bfloat16, stop_at=2)
+    assert same(run("broken", torch.bfloat16), lower)
+
+
+def test_directions_in_lower_precision_are_nearly_those_in_float32() -> None:
+    matrices = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(0))
+    exact, lower = orthogonal(matrices), orthogonal(matrices.bfloat16()).float()
+    assert 0 < (exact - lower).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("is_distorted", [False, True])
+def test_the_stage_before_sees_the_same_scenes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_distorted: bool
+) -> None:
+    drawn: list[tuple[list[Scene], int]] = []
+
+    def note(_: object, scenes: Any, height: int, width: int) -> Tensor:
+        drawn.append((list(scenes), height))
+        return torch.zeros(len(scenes), 16, height // 8, width // 8)
+
+    monkeypatch.setattr("tools.demo_network._encode", note)
+    make_tokenizer(tmp_path)
+    given: Any = (0, tmp_path, lambda _: None)
+    made = partial(encode_scenes, kind="hard", make=hard_scene)
+    data = made(None, Tokenizer.from_path(tmp_path), (3, 20, 10), *given)
+    before = encode_before(
+        None, data, *given, kind="hard", make=hard_scene, is_distorted=is_distorted
+    )
+    heights = [height for _, height in drawn]
+    assert heights == [224, 432, 864, 224, 432]
+    assert before[0].before is None
+    for (scenes, _), (earlier, _), of in zip(drawn[1:3], drawn[3:], before[1:]):
+        assert of.before is not None
+        assert len(of.before) == len(of.latents) == len(scenes) == len(earlier)
+        assert (scenes == earlier) is not is_distorted
+        for one, other in zip(scenes, earlier):
+            assert [of.color for of in one.things] == [of.color for of in other.things]
+            assert one.background == other.background
+
+
+def test_a_missing_compiler_is_found_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert main(["--out", str(tmp_path / "m"), "--work", str(tmp_path / "w")]) == 2
+    assert "needs a C++ compiler, and no-such-compiler is not found" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_start_must_be_a_model_of_this_tool(
