@@ -57,13 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.output is not None:
                 text = json.dumps(report, indent=1) + "\n"
                 write_whole(options.output, text.encode(), overwrite=True)
+            if options.sheet is not None:
+                _write_sheet(pictures, options.sheet)
 
         pictures: list[Any] = []
         report = judge(engine, options.prompts, options.seed, options.lora_prompts, pictures, keep)
         for line in lines_of(report):
             print(line)
-        if options.sheet is not None:
-            _write_sheet(pictures, options.sheet)
     except TurboError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -97,7 +97,7 @@ def judge(
         seed: Of the prompts; picture i has seed + i.
         lora_count: Pictures for each way with a LoRA and for the negative prompt; 0: none.
         pictures: Gets the first of one thing, [height, width, 3] of 8 bits each.
-        keep: Called with the report so far after each part.
+        keep: Called with the report so far after every 20 prompts and each part.
     """
     begin = time.perf_counter()
 
@@ -112,9 +112,11 @@ def judge(
         keep(report)
 
     first: list[Any] = [] if pictures is None else pictures
-    add("one object", _share(held_out_prompts(count, seed), judge_one, paint, first))
+    for part in _share(held_out_prompts(count, seed), judge_one, paint, first):
+        add("one object", part)
     if count >= 4:
-        add("two objects", _share(two_object_prompts(count // 4, seed), judge_two, paint, []))
+        for part in _share(two_object_prompts(count // 4, seed), judge_two, paint, []):
+            add("two objects", part)
     if lora_count:
         add("negative prompt", _negative(paint, lora_count))
         add("loras", _loras(paint, lora_count, seed))
@@ -153,20 +155,21 @@ def _share(
     judge_picture: Callable[[Any, Scene], Verdict],
     paint: Paint,
     pictures: list[Any],
-) -> dict[str, Any]:
+) -> Iterator[Report]:
+    """What is right in the pictures so far, after every 20 and at the end."""
     verdicts, wrong = [], []
     for number, (prompt, scene) in enumerate(prompts):
         pixels = paint(prompt, number)
         verdict = judge_picture(pixels, scene)
         verdicts.append(verdict)
-        if (number + 1) % 20 == 0:
-            print(f"{number + 1} of {len(prompts)} judged", file=sys.stderr, flush=True)
         if len(pictures) < 18:
             pictures.append(pixels)
         if not verdict.whole:
             wrong.append(prompt)
-    shares = {part: float(np.mean([getattr(v, part) for v in verdicts])) for part in PARTS}
-    return {"pictures": len(verdicts), **shares, "wrong": wrong}
+        if (number + 1) % 20 == 0 or number + 1 == len(prompts):
+            print(f"{number + 1} of {len(prompts)} judged", file=sys.stderr, flush=True)
+            shares = {part: float(np.mean([getattr(v, part) for v in verdicts])) for part in PARTS}
+            yield {"pictures": len(verdicts), **shares, "wrong": list(wrong)}
 
 
 def _negative(paint: Paint, count: int) -> Report:

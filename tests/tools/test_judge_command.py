@@ -82,6 +82,12 @@ def test_an_artist_who_does_as_told_has_everything_right() -> None:
     }))) == 7  # fmt: skip
 
 
+def test_the_figures_so_far_are_kept_now_and_then() -> None:
+    kept: list[int] = []
+    judge(Artist(), 45, 0, keep=lambda report: kept.append(report["one object"]["pictures"]))
+    assert kept == [20, 40, 45, 45]
+
+
 def test_what_is_wrong_is_counted() -> None:
     def spoil(scene: Scene) -> Scene:
         thing = scene.things[0]
