@@ -191,13 +191,13 @@ class _Handler(BaseHTTPRequestHandler):
         fake.websockets_allowed -= 1
         fake.clients.append(self.path)
         digest = hashlib.sha1((self.headers["Sec-WebSocket-Key"] + WEBSOCKET_GUID).encode())
-        self.send_response(101)
-        self.send_header("Upgrade", "websocket")
-        self.send_header("Connection", "Upgrade")
-        self.send_header("Sec-WebSocket-Accept", base64.b64encode(digest.digest()).decode())
-        self.end_headers()
-        self.wfile.flush()
-        with fake.connected:
+        with fake.connected:  # who has read the answer gets whatever is sent from then on
+            self.send_response(101)
+            self.send_header("Upgrade", "websocket")
+            self.send_header("Connection", "Upgrade")
+            self.send_header("Sec-WebSocket-Accept", base64.b64encode(digest.digest()).decode())
+            self.end_headers()
+            self.wfile.flush()
             fake.sockets.append(self.connection)
             fake.connections += 1
             fake.connected.notify_all()
