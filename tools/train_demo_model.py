@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from tools.demo_network import (
     Latents,
     Painter,
     Part,
-    encode_before,
+    encode_again,
     encode_captions,
     encode_scenes,
     make_tokenizer,
@@ -113,13 +113,13 @@ WHOLE = Amounts(
     network=(
         Schedule(steps=3000, rate=3e-3, warm_up=60, ema=0.995, horizon=4200),
         Schedule(steps=1100, rate=2.5e-3, warm_up=30, ema=0.99),
-        Schedule(steps=340, rate=1.5e-3, warm_up=20, ema=0.98),
-        Schedule(steps=1700, rate=2e-3, warm_up=30, ema=0.99),
-        Schedule(steps=1200, rate=2e-3, warm_up=30, ema=0.99),
-        Schedule(steps=7600, rate=2.5e-3, warm_up=50, ema=0.997),
+        Schedule(steps=4800, rate=2.5e-3, warm_up=50, ema=0.997),
     ),
     lora=Schedule(steps=400, rate=6e-3, warm_up=20, ema=0.98),
-    scenes={"scenes": (5400, 520, 136), "edges": (1600, 900, 280), "hard": (6000, 1400, 560)},
+    scenes={
+        "scenes": (5400, 520, 136),
+        "hard": (6000, 3000, 1100),
+    },
     lora_scenes=(640, 120, 32),
 )
 QUICK = Amounts(
@@ -190,12 +190,15 @@ class _Trainer:
     def _scenes_of(self, part: Part) -> list[Latents]:
         make = MAKERS[part.scenes]
         data = self._encode(part.scenes, self.amounts.scenes[part.scenes], make)
-        if not part.upscaled:
-            return data
-        return encode_before(
-            self.autoencoder, data, self.seed, self.work, self.log,
-            kind=part.scenes, make=make, is_distorted=part.scenes == "hard",
-        )  # fmt: skip
+        more: list[Literal["before", "ragged"]] = []
+        more += ["before"] if part.upscaled else []
+        more += ["ragged"] if part.ragged else []
+        for what in more:
+            data = encode_again(
+                self.autoencoder, data, self.seed, self.work, self.log,
+                kind=part.scenes, make=make, what=what,
+            )  # fmt: skip
+        return data
 
     def _load(self, model: Path) -> None:
         for component, module in (

@@ -33,7 +33,7 @@ from turbo.plan import DEFAULT_PLAN
 from turbo.sigmas import stage_sigmas
 from turbo.transformer import padded_length
 
-EDGES = next(part for part in PARTS if part.name == "network-edges")
+LARGE = replace(PARTS[-1], upscaled=0.0, ragged=0.0)
 
 
 def test_things_are_told_from_the_background() -> None:
@@ -120,12 +120,12 @@ def test_windows_are_of_the_larger_sizes_as_often_as_the_part_says(
     empty = data[0].ids[:1], data[0].lengths[:1]
     painter: Any = SimpleNamespace(loss=note, caption=lambda *_: None)
     for step in range(400):
-        batch_loss(painter, data, empty, np.random.default_rng([1, step]), EDGES)
+        batch_loss(painter, data, empty, np.random.default_rng([1, step]), LARGE)
     assert {tokens for height, tokens in seen if height == 8} == {None}
     for height, window in ((40, 256), (60, 576)):
         tokens = [of for at, of in seen if at == height]
         assert set(tokens) == {None, window}
-        assert tokens.count(window) / len(tokens) == pytest.approx(EDGES.windows, abs=0.1)
+        assert tokens.count(window) / len(tokens) == pytest.approx(LARGE.windows, abs=0.1)
 
 
 @pytest.mark.parametrize("sigma", FIRST_SIGMA[1:])
@@ -156,13 +156,42 @@ def test_a_part_without_upscaling_draws_what_it_drew_without_it() -> None:
 
     painter: Any = SimpleNamespace(loss=note, caption=lambda *_: None)
     empty = ids[:1], plain.lengths[:1]
-    for part in (EDGES, PARTS[-1]):
+    for part in (LARGE, PARTS[-1]):
         only_large = replace(part, shares=(0, 0, 1), windows=0.0)
         for data in (plain, upscaled):
             batch_loss(painter, [data] * 3, empty, np.random.default_rng(0), only_large)
     assert torch.equal(noises[0], noises[1])
     assert torch.equal(noises[0], noises[2])
     assert not torch.equal(noises[2], noises[3])
+
+
+def test_moved_edges_are_seen_and_straight_ones_are_wanted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    latents, moved = torch.randn(2, 8, 16, 8, 6, generator=generator)
+    ids = torch.zeros(8, 32, dtype=torch.int64)
+    data = Latents(latents, ids, torch.full((8,), 5), ragged=moved)
+    seen = []
+
+    def note(*of: Any) -> None:
+        seen.append(of)
+
+    painter: Any = SimpleNamespace(loss=note, caption=lambda *_: None)
+    part = Part("", 0, 1.0, 0.0, shares=(0, 1, 0), lasting=1.0)
+    for ragged in (0.0, 1.0):
+        rng = np.random.default_rng(0)
+        batch_loss(painter, [data] * 3, (ids[:1], data.lengths[:1]), rng, Part.after(
+            replace(part, ragged=ragged), 1.0
+        ))  # fmt: skip
+    (clean, _, noise, _, weight, _), (same, sigmas, with_error, _, lighter, _) = seen
+    assert torch.equal(clean, same)
+    mix = sigmas[:, None, None, None]
+    is_high = mix > 0.2
+    assert 0 < is_high.sum() < len(mix)
+    rows = [int((clean_row - latents).abs().sum((1, 2, 3)).argmin()) for clean_row in clean]
+    wanted = torch.where(is_high, (1 - mix) * moved[rows], (1 - mix) * clean) + mix * noise
+    torch.testing.assert_close((1 - mix) * clean + mix * with_error, wanted)
+    share = torch.where(is_high, 1 / mix - 1, 0)
+    torch.testing.assert_close(lighter, weight / (1 + share.square()))
 
 
 def test_tokens_are_chosen_where_things_are_and_no_token_twice() -> None:
