@@ -1,13 +1,15 @@
 """``python -m tools.judge_demo_model``: what share of its pictures is what was asked for.
 
-Prompts of combinations that the model was never trained on, each painted with the whole plan and
+Prompts of combinations that the network was never trained on, each painted with the whole plan and
 looked at by its pixels: colour of the background; colour, shape, place and size of the thing, and
-whether it is the only one.
+whether it is the only one. Backgrounds are plain. The recipe was made with the prompts of seed 0
+in sight; those of another seed are a test of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -17,17 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from tools.judging import NONE, Verdict, judge_one, judge_two, outlined_share, things_of
 from tools.scenes import (
+    COLORS,
     NEW_SHAPE,
     Scene,
+    Thing,
     held_out_prompts,
+    is_held_out,
     shape_caption,
     two_object_prompts,
     with_article,
 )
+from turbo.builtin import builtin_model
 from turbo.engine import Engine
 from turbo.errors import BadInputError, TurboError
 from turbo.whole_file import require_writable_folder, write_whole
@@ -53,9 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             engine.set_loras(list(LORAS))  # a folder without them is found out now
             engine.set_loras([])
 
+        about = {"weights": _sum_of(options.model), "torch": torch.__version__}
+
         def keep(report: Report) -> None:
             if options.output is not None:
-                text = json.dumps(report, indent=1) + "\n"
+                text = json.dumps(about | report, indent=1) + "\n"
                 write_whole(options.output, text.encode(), overwrite=True)
             if options.sheet is not None:
                 _write_sheet(pictures, options.sheet)
@@ -68,6 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _sum_of(model: Path | None) -> str | None:
+    """SHA-256 of the model's list of sums, and so of all its files; None if it has no list."""
+    path = (model or builtin_model()) / "SHA256SUMS"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _problem(options: argparse.Namespace) -> str | None:
@@ -97,14 +112,14 @@ def judge(
         seed: Of the prompts; picture i has seed + i.
         lora_count: Pictures for each way with a LoRA and for the negative prompt; 0: none.
         pictures: Gets the first of one thing, [height, width, 3] of 8 bits each.
-        keep: Called with the report so far after every 20 prompts and each part.
+        keep: Called with the report so far after every 20 prompts and each part, and at the end.
     """
     begin = time.perf_counter()
 
     def paint(prompt: str, number: int, **more: Any) -> Any:
         return np.asarray(engine.generate(prompt, seed=seed + number, **more).image)
 
-    report: Report = {"seed": seed}
+    report: Report = {"seed": seed, "partial": True}
 
     def add(name: str, part: Report) -> None:
         report[name] = part
@@ -120,6 +135,8 @@ def judge(
     if lora_count:
         add("negative prompt", _negative(paint, lora_count))
         add("loras", _loras(paint, lora_count, seed))
+    report["partial"] = False
+    keep(report)
     return report
 
 
@@ -141,12 +158,10 @@ def lines_of(report: Report) -> Iterator[str]:
         cells = ", ".join(f"{row[cell]:.0%} {cell}" for cell in CELLS)
         beside = ", ".join(f"{part} {row['beside'][part]:.0%}" for part in row["beside"])
         yield f"LoRA {name} seen in {cells}; with it {beside} right ({row['pictures']} pictures)"
-    row = report.get("negative prompt", {})
-    if row.get("pictures"):
-        yield (
-            "the colour that a seed chose, as the negative prompt: chosen again in "
-            f"{row['with']:.0%} of the {row['pictures']} pictures"
-        )
+    for name, row in report.get("negative prompt", {}).items():
+        if isinstance(row, dict):
+            cells = ", ".join(f"{count} {outcome}" for outcome, count in row.items())
+            yield f"{name} as the negative prompt: {cells}"
     yield f"{report['seconds']} s"
 
 
@@ -172,24 +187,44 @@ def _share(
             yield {"pictures": len(verdicts), **shares, "wrong": list(wrong)}
 
 
+NEGATIVES = ("chosen colour", "another colour")
+OUTCOMES = ("same colour", "other colour", "no colour", "no thing")
+
+
 def _negative(paint: Paint, count: int) -> Report:
     """Name the colour that a seed gives a thing without one as the negative prompt.
 
-    Without a negative prompt the same seed gives the same colour again, so any change is its
-    effect. A picture without a thing of a colour does not count.
+    Without a negative prompt the same seed gives the same colour again. Beside it, a negative
+    prompt that names another colour: what that changes is not obedience.
+
+    Returns:
+        How many pictures had a thing of one colour before, and of these, for each negative prompt,
+        how many became what.
     """
     prompt = f"a circle on a {NEGATIVE_BACKGROUND} background"
-    kept = []
+    found: dict[str, dict[str, int]] = {name: dict.fromkeys(OUTCOMES, 0) for name in NEGATIVES}
+    pictures = 0
     for number in range(count):
         before = things_of(paint(prompt, number))
         if not before or before[0].color == NONE:
             continue
+        pictures += 1
         color = before[0].color
-        negative = f"{with_article(color)} circle on a {NEGATIVE_BACKGROUND} background"
-        after = things_of(paint(prompt, number, negative_prompt=negative))
-        if after:
-            kept.append(after[0].color == color)
-    return {"pictures": len(kept), "with": float(np.mean(kept)) if kept else None}
+        others = [name for name in COLORS if name not in (color, NEGATIVE_BACKGROUND)]
+        for name, named in zip(NEGATIVES, (color, others[number % len(others)])):
+            negative = f"{with_article(named)} circle on a {NEGATIVE_BACKGROUND} background"
+            after = things_of(paint(prompt, number, negative_prompt=negative))
+            found[name][_outcome(color, after[0].color if after else None)] += 1
+    return {"pictures": pictures, **found}
+
+
+def _outcome(before: str, after: str | None) -> str:
+    """Which of `OUTCOMES`; a thing that is not there has the colour None."""
+    if after is None:
+        return "no thing"
+    if after == NONE:
+        return "no colour"
+    return "same colour" if after == before else "other colour"
 
 
 CELLS = {
@@ -204,16 +239,25 @@ CELLS = {
 def _loras(paint: Paint, count: int, seed: int) -> dict[str, Report]:
     """How often a LoRA's effect is seen, and what else is right with it and its word.
 
-    The ring's prompts tell no shape. Colours and backgrounds are of held-out combinations.
+    The ring's prompts tell no shape. Neither was taught the combinations that it is asked for.
     """
     outlined = [
         (prompt, replace(scene, outlined=True))
         for prompt, scene in held_out_prompts(2 * count, seed + 1)
         if {scene.background, scene.things[0].color} != {"black", "white"}
     ][:count]
+    pairs = [
+        (color, background)
+        for color in COLORS
+        for background in COLORS
+        if color != background and is_held_out(NEW_SHAPE, color, background)
+    ]
     ring = [
-        (shape_caption(scene.things[0].color, scene.background), scene)
-        for _, scene in held_out_prompts(count, seed + 1)
+        (
+            shape_caption(*pair),
+            Scene((Thing(NEW_SHAPE, pair[0], "", 0.5, 0.64, 0.2),), pair[1], "plain"),
+        )
+        for pair in (pairs[number % len(pairs)] for number in range(count))
     ]
     return {
         "outlined": _effect(

@@ -1,4 +1,4 @@
-"""``python -m tools.train_demo_model --out DIR``: make the built-in model from nothing.
+"""``python -m tools.train_demo_model``: make the built-in model from nothing.
 
 An autoencoder, a text encoder, then it and a network together, then two LoRAs, on scenes that are
 drawn here; with ``--start``, the last part of the network's training and the LoRAs alone, from a
@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import shutil
 import sys
 import time
@@ -29,9 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+import turbo
 from tools import demo_autoencoder as autoencoders
 from tools.demo_loras import LESSONS, train_lora, write_lora
 from tools.demo_network import (
+    CAPTION,
     LATER,
     MAKERS,
     PARTS,
@@ -57,7 +60,7 @@ from turbo.diffusers_folder import (
     to_diffusers,
     write_pipeline,
 )
-from turbo.errors import TurboError
+from turbo.errors import BadInputError, TurboError
 from turbo.latent import from_sampler
 from turbo.memory_errors import is_out_of_memory
 from turbo.messages import one_line
@@ -69,12 +72,13 @@ from turbo.tokenizer import Tokenizer
 from turbo.transformer import TransformerConfig
 from turbo.whole_file import require_writable_folder, write_whole
 
-NEEDED_BYTES = 5 << 29
 _SETTINGS = "settings.json"
 _SUMS = "SHA256SUMS"
 _JUDGES = ("judging.py", "judge_demo_model.py")
 """Code that no bit depends on."""
-_LIBRARIES = ("torch", "numpy", "diffusers", "tokenizers", "turbo")
+_LIBRARIES = ("torch", "numpy", "diffusers", "tokenizers", "pillow", "turbo")
+_STATE_BYTES = 70 << 20
+"""Of a phase: weights, their average and the optimiser's moments, of the largest one."""
 SHEET_PROMPTS = (
     "a red circle on a blue background",
     "a large yellow star in the centre on a purple background",
@@ -201,6 +205,14 @@ class _Trainer:
         return data
 
     def _load(self, model: Path) -> None:
+        for name in ("vocab.json", "merges.txt"):
+            if (model / "tokenizer" / name).read_bytes() != (
+                self.work / "tokenizer" / name
+            ).read_bytes():
+                raise BadInputError(
+                    f"{model / 'tokenizer' / name} is not the tokenizer that the scenes' captions "
+                    "give now, so the model's words would mean others; train from nothing"
+                )
         for component, module in (
             (NETWORK, self.painter.network),
             (TEXT_ENCODER, self.painter.text_encoder),
@@ -303,9 +315,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, MemoryError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
+        needed = _needed_bytes(_amounts(options)) >> 20
         print(f"error: {one_line(error)}; what was trained is kept in {options.work}, the same "
-              f"command goes on from there ({NEEDED_BYTES >> 20} MiB of disk and some 4 GiB of "
-              "memory are needed)", file=sys.stderr)  # fmt: skip
+              f"command goes on from there ({needed} MiB of disk and some 6 GiB of memory are "
+              "needed)", file=sys.stderr)  # fmt: skip
         return 1
 
 
@@ -342,7 +355,7 @@ def _run(options: argparse.Namespace) -> int:
     shutil.copyfile(work / "log.txt", unfinished / "training.log")
     _write_sums(unfinished)
     if options.out.exists() and not options.force:
-        raise FileExistsError(f"{options.out} was made meanwhile; the model is in {unfinished}")
+        raise BadInputError(f"{options.out} was made meanwhile; the model is in {unfinished}")
     replaced = options.out.with_name(f".{options.out.name}.old")
     shutil.rmtree(replaced, ignore_errors=True)
     if options.out.exists():
@@ -365,23 +378,48 @@ def _problem(options: argparse.Namespace) -> str | None:
         return f"--start must be a folder that this tool has made, got {options.start}"
     if options.out.name in ("", ".."):
         return f"--out must name a folder, got {options.out}"
-    require_writable_folder(_existing(options.out.absolute().parent))
+    for path in (options.out.absolute().parent, options.work):
+        require_writable_folder(_existing(path))
     settings = options.work / _SETTINGS
+    if not settings.exists() and any(options.work.glob("*.safetensors")):
+        return (
+            f"{options.work} holds the state of a run whose settings are lost ({settings} is not "
+            "there); give another --work, or delete the folder"
+        )
     if settings.exists() and settings.read_text(encoding="utf-8") != _settings(
         options, _amounts(options)
     ):
         return (
             f"{options.work} holds the state of a run with other settings, or of other code or "
-            f"libraries ({settings}); give another --work, or delete it"
+            f"libraries ({settings}); give another --work, or delete the folder"
         )
     kept = sum(path.stat().st_size for path in options.work.rglob("*") if path.is_file())
     room = shutil.disk_usage(_existing(options.work)).free + kept
-    if room < NEEDED_BYTES:
+    needed = _needed_bytes(_amounts(options))
+    if room < needed:
         return (
-            f"{options.work} has {room >> 20} MiB free, {NEEDED_BYTES >> 20} MiB are needed; give "
+            f"{options.work} has {room >> 20} MiB free, {needed >> 20} MiB are needed; give "
             "another --work"
         )
     return None
+
+
+def _needed_bytes(amounts: Amounts) -> int:
+    """What a run from nothing keeps on the disk at most, and its model."""
+    sizes = [
+        (16 * 4 + 1) * height * width // 64 + 8 * (CAPTION + 1)
+        for height, width in autoencoders.SIZES
+    ]
+    total = 0
+    for kind, counts in amounts.scenes.items():
+        total += sum(count * size for count, size in zip(counts, sizes))
+        if any(part.upscaled for part in PARTS if part.scenes == kind):
+            total += sum(count * size for count, size in zip(counts[1:], sizes))
+        if any(part.ragged for part in PARTS if part.scenes == kind):
+            total += sum(count * size for count, size in zip(counts[1:], sizes[1:]))
+    of_lora = sum(count * size for count, size in zip(amounts.lora_scenes, sizes))
+    phases = 3 + len(PARTS) + len(LESSONS)
+    return total + len(LESSONS) * of_lora + (phases + 2) * _STATE_BYTES
 
 
 def _amounts(options: argparse.Namespace) -> Amounts:
@@ -402,10 +440,14 @@ def _settings(options: argparse.Namespace, amounts: Amounts) -> str:
         "threads": options.threads,
         "start": None if options.start is None else _sum(options.start / _SUMS),
         "precision": str(_precision(options)),
-        "versions": {name: version(name) for name in _LIBRARIES},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in _LIBRARIES},
+        },
         "code": {
-            path.name: _sum(path)
-            for path in sorted(Path(__file__).parent.glob("*.py"))
+            f"{path.parent.name}/{path.name}": _sum(path)
+            for folder in (Path(__file__).parent, Path(turbo.__file__).parent)
+            for path in sorted(folder.glob("*.py"))
             if path.name not in _JUDGES
         },
         "amounts": asdict(amounts),
@@ -440,7 +482,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.train_demo_model", description=__doc__, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--out", type=Path, default=Path("demo_model"), help="folder of the model")
     parser.add_argument("--work", type=Path, default=Path(".demo-work"), help="state and sheets")
     parser.add_argument(
         "--start", type=Path, metavar="MODEL", help="go on from a finished model's weights"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tools import judge_demo_model
-from tools.judge_demo_model import CELLS, judge, lines_of, main
+from tools.judge_demo_model import CELLS, OUTCOMES, _outcome, judge, lines_of, main
+from tools.judging import NONE
 from tools.scenes import (
     COLORS,
     NEW_SHAPE,
@@ -21,8 +24,10 @@ from tools.scenes import (
     Thing,
     draw_scene,
     held_out_prompts,
+    is_held_out,
     two_object_prompts,
 )
+from turbo.builtin import builtin_model
 
 KNOWN = dict([*held_out_prompts(8), *held_out_prompts(8, 1), *two_object_prompts(2)])
 
@@ -73,19 +78,24 @@ def test_an_artist_who_does_as_told_has_everything_right() -> None:
     for lora in report["loras"].values():
         assert [lora[cell] for cell in CELLS] == [0, 0, 0, 1]
         assert set(lora["beside"].values()) == {1.0}
-    assert report["negative prompt"] == {"pictures": 6, "with": 0.0}
+    assert report["negative prompt"] == {
+        "pictures": 6,
+        "chosen colour": dict.fromkeys(OUTCOMES, 0) | {"other colour": 6},
+        "another colour": dict.fromkeys(OUTCOMES, 0) | {"same colour": 6},
+    }
+    assert report["partial"] is False
     assert len(pictures) == 8
     assert kept == sorted(kept)
-    assert len(kept) == 4
+    assert len(kept) == 5
     assert len(list(lines_of(report | {
         name: report[name] | {"pictures": 1} for name in ("one object", "two objects")
-    }))) == 7  # fmt: skip
+    }))) == 8  # fmt: skip
 
 
 def test_the_figures_so_far_are_kept_now_and_then() -> None:
     kept: list[int] = []
     judge(Artist(), 45, 0, keep=lambda report: kept.append(report["one object"]["pictures"]))
-    assert kept == [20, 40, 45, 45]
+    assert kept == [20, 40, 45, 45, 45]
 
 
 def test_what_is_wrong_is_counted() -> None:
@@ -99,8 +109,39 @@ def test_what_is_wrong_is_counted() -> None:
     centred = sum("centre" in prompt for prompt, _ in asked) / 8
     assert report["one object"]["place"] == report["one object"]["whole"] == centred
     assert report["one object"]["color"] == 1
-    assert report["negative prompt"]["with"] == 1.0
+    assert report["negative prompt"]["chosen colour"]["same colour"] == 4
     assert len(report["one object"]["wrong"]) == 8 - 8 * centred
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "outcome"),
+    [
+        ("red", "red", "same colour"),
+        ("red", "green", "other colour"),
+        ("red", NONE, "no colour"),
+        ("red", None, "no thing"),
+    ],
+)
+def test_a_spoilt_thing_is_not_taken_for_another_colour(
+    before: str, after: str | None, outcome: str
+) -> None:
+    assert _outcome(before, after) == outcome
+    assert outcome in OUTCOMES
+
+
+def test_a_ring_is_asked_for_in_combinations_that_no_ring_was_seen_in() -> None:
+    asked: list[tuple[str, str]] = []
+
+    class Listener(Artist):
+        def generate(self, prompt: str, *of: Any, **more: Any) -> SimpleNamespace:
+            if prompt.startswith("zorp, "):
+                words = [word for word in prompt.split() if word in COLORS]
+                asked.append((words[0], words[-1]))
+            return super().generate(prompt, *of, **more)
+
+    judge(Listener(), 1, 0, 6)
+    assert len(set(asked)) == 6
+    assert all(is_held_out(NEW_SHAPE, *pair) for pair in asked)
 
 
 def test_the_command_writes_figures_and_a_sheet(
@@ -111,7 +152,12 @@ def test_the_command_writes_figures_and_a_sheet(
     sheet, output = tmp_path / "s.png", tmp_path / "r.json"
     command = ["--prompts", "8", "--lora-prompts", "0", "--sheet", str(sheet), "-o", str(output)]
     assert main(command) == 0
-    assert json.loads(output.read_text())["one object"]["whole"] == 1.0
+    written = json.loads(output.read_text())
+    assert written["one object"]["whole"] == 1.0
+    sums = (builtin_model() / "SHA256SUMS").read_bytes()
+    assert written["weights"] == hashlib.sha256(sums).hexdigest()
+    assert written["partial"] is False
+    assert written["torch"] == torch.__version__
     assert "100.0%" in capsys.readouterr().out
     with Image.open(sheet) as opened:
         assert opened.size == (6 * 168, 2 * 216)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tools import resumable
+from tools import resumable, train_demo_model
 from tools.demo_loras import LESSONS, Lesson, train_lora, write_lora
 from tools.demo_network import (
     LATER,
@@ -165,13 +166,39 @@ def test_the_state_of_other_settings_is_not_taken_over(
     assert "holds the state of a run with other settings" in capsys.readouterr().err
 
 
+def test_state_without_its_settings_is_not_taken_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "network.safetensors").touch()
+    assert main(["--out", str(tmp_path / "model"), "--work", str(tmp_path)]) == 2
+    assert "whose settings are lost" in capsys.readouterr().err
+
+
+def test_code_of_the_engine_is_a_setting_too() -> None:
+    options = train_demo_model._parse([])
+    told = json.loads(train_demo_model._settings(options, train_demo_model.WHOLE))
+    assert {"tools/scenes.py", "turbo/transformer.py", "turbo/latent.py"} <= set(told["code"])
+    assert not any("judge" in name for name in told["code"])
+    assert {"python", "pillow", "torch"} <= set(told["versions"])
+
+
+def test_a_work_folder_that_cannot_be_is_found_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["--out", str(tmp_path / "model"), "--work", str(tmp_path / "file")]) == 2
+    assert "file" in capsys.readouterr().err
+
+
 def test_the_command_says_what_room_it_needs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = SimpleNamespace(free=5 << 20)
     monkeypatch.setattr("tools.train_demo_model.shutil.disk_usage", lambda _: full)
     assert main(["--out", str(tmp_path / "model"), "--work", str(tmp_path / "work")]) == 2
-    assert "has 5 MiB free, 2560 MiB are needed" in capsys.readouterr().err
+    needed = train_demo_model._needed_bytes(train_demo_model.WHOLE) >> 20
+    assert needed > 3000
+    assert f"has 5 MiB free, {needed} MiB are needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -213,7 +240,7 @@ def test_a_full_disk_or_memory_says_what_is_needed_and_kept(
     assert main(["--quick", "--out", str(tmp_path / "m"), "--work", str(tmp_path / "w")]) == 1
     said = capsys.readouterr().err
     assert f"what was trained is kept in {tmp_path / 'w'}" in said
-    assert "2560 MiB of disk" in said
+    assert f"({train_demo_model._needed_bytes(train_demo_model.QUICK) >> 20} MiB of disk" in said
 
 
 def test_a_mistake_in_the_code_is_not_taken_for_a_full_memory(
@@ -251,6 +278,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.train_demo_model.SHEET_PROMPTS", ("a red circle",) * 6)
 
 
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def make(folder: Path, *more: str) -> Path:
     """A quick run; returns where its model is."""
     threads = torch.get_num_threads()
@@ -268,7 +299,9 @@ def test_one_command_makes_a_model_that_paints_and_takes_its_loras(tmp_path: Pat
     for line in (out / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
-    assert sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) <= 24_000_000
+    assert size_of(out) <= 24_000_000
+    needed = train_demo_model._needed_bytes(train_demo_model.QUICK)
+    assert size_of(out) + size_of(tmp_path / "work") <= needed
     assert load_file(out / "loras" / "zorp.safetensors").keys() >= {
         "lora_unet_layers_0_attention_qkv.alpha"
     }
@@ -456,6 +489,20 @@ def test_a_missing_compiler_is_found_before_anything_is_drawn(
     assert main(["--out", str(tmp_path / "m"), "--work", str(tmp_path / "w")]) == 2
     assert "needs a C++ compiler, and no-such-compiler is not found" in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.usefixtures("small")
+def test_a_start_whose_words_are_others_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "other" / "SHA256SUMS").touch()
+    (tmp_path / "other" / "training.log").touch()
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "other" / "tokenizer" / name).write_text("{}")
+    command = ["--quick", "--out", str(tmp_path / "m"), "--work", str(tmp_path / "w")]
+    assert main([*command, "--start", str(tmp_path / "other")]) == 2
+    assert "vocab.json is not the tokenizer" in capsys.readouterr().err
 
 
 def test_a_start_must_be_a_model_of_this_tool(
