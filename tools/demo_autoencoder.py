@@ -39,6 +39,12 @@ _BATCHES = (4, 2, 1, 1)
 _SHARES = (0.64, 0.25, 0.1, 0.01)
 _DECODER_SHARES = (0.4, 0.35, 0.2, 0.05)
 """Of the steps. Whole pictures are needed: a norm's group sees all of one, and most is plain."""
+SPREAD = 3.0
+"""Standard deviation of the latents in the sampler's scale; Flux's scale gives about 1. The later
+stages start from noise levels 0.715 and 0.852, where latents of deviation 1 leave so little of a
+thing that stars and diamonds lost their tips: with a network made for 1, its latents tripled on the
+way, 39 of 40 pictures had their shape right; as it was, 32 were wholly right. Trained for 3, 190 of
+200 on prompts that were never in sight."""
 _NOISE = 0.05
 _SIZE_PRICE = 1e-3
 _PHASE = 1
@@ -79,7 +85,7 @@ def train_autoencoder(
         pictures = training_pictures(rng, _DECODER_SHARES)
         with torch.no_grad():
             latent = _encode(autoencoder, pictures)
-        noisy = latent + _NOISE / SCALE * _noise_like(latent, seed + step)
+        noisy = latent + _NOISE * SPREAD / SCALE * _noise_like(latent, seed + step)
         return _error(autoencoder, noisy, pictures)
 
     def tell(step: int) -> None:
@@ -182,14 +188,14 @@ def _noise_like(latent: Tensor, seed: int) -> Tensor:
 def _standardise(autoencoder: Any, seed: int) -> None:
     """Fold a scale and a shift into the convolutions beside the latent.
 
-    So that ``(latent - SHIFT) * SCALE``, which a sampler works on, has mean 0 and deviation 1 in
-    each channel.
+    So that ``(latent - SHIFT) * SCALE``, which a sampler works on, has mean 0 and deviation
+    `SPREAD` in each channel.
     """
     rng = np.random.default_rng([seed, 98])
     pictures = to_tensor(np.stack([draw_scene(_scene(rng), 224, 176) for _ in range(64)]))
     latents = autoencoder.encode(pictures, return_dict=False)[0].mean
     mean = latents.mean((0, 2, 3))
-    factor = 1 / (SCALE * latents.std((0, 2, 3)))
+    factor = SPREAD / (SCALE * latents.std((0, 2, 3)))
     out, into = autoencoder.encoder.conv_out, autoencoder.decoder.conv_in
     channels = len(mean)
     # new = (old - mean) * factor + SHIFT, and back again behind it. What pads the decoder's first

@@ -22,15 +22,16 @@ Picture = NDArray[np.float32]
 """[height, width, 3], from 0 to 1."""
 
 COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (220, 40, 40),
-    "green": (40, 165, 70),
-    "blue": (45, 85, 220),
-    "yellow": (245, 215, 50),
-    "purple": (150, 55, 180),
-    "orange": (245, 140, 35),
-    "white": (245, 245, 245),
-    "black": (25, 25, 25),
+    "red": (205, 25, 35),
+    "green": (35, 160, 70),
+    "blue": (35, 75, 225),
+    "yellow": (255, 230, 60),
+    "purple": (150, 40, 170),
+    "orange": (255, 130, 10),
+    "white": (248, 248, 248),
+    "black": (20, 20, 20),
 }
+"""No two are nearer than 110 to each other."""
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 NEW_SHAPE = "ring"
 """Never in what the network learns from: a LoRA teaches it. The autoencoder has seen it."""
@@ -57,6 +58,9 @@ tell blurs what it tells. With 0.035 the network had learned no shapes after 400
 each stage decided anew where edges are, token by token, and made them ragged."""
 _SPREAD = 0.005
 """Share by which a radius differs from its word's."""
+_CLOSE = 0.65
+"""Between colours, in RGB from 0 to 1: red and orange, orange and yellow, red and purple, purple
+and blue, green and black are nearer to each other."""
 _OUTLINE = 0.022
 _WAVES = ((6, 0.01), (14, 0.007), (30, 0.006))
 """Cells in a row, and how far edges move, in widths."""
@@ -86,7 +90,10 @@ class Scene:
 
 
 def is_held_out(shape: str, color: str, background: str) -> bool:
-    """Whether a combination is never what is to be painted, so that a judge may ask for it."""
+    """Whether a combination is never what the network is to paint, so that a judge may ask for it.
+
+    The autoencoder, which sees no captions, sees it as one of two things.
+    """
     return zlib.crc32(f"{shape} {color} {background}".encode()) % 8 == 0
 
 
@@ -155,12 +162,20 @@ def random_scene(
 
 
 def hard_scene(rng: np.random.Generator) -> tuple[Scene, str]:
-    """A `random_scene`, more often one that is hard to paint: of stars or of small things."""
+    """A `random_scene`, more often a hard one: of stars, small things, or of alike colours."""
     while True:
         scene, caption = random_scene(rng)
-        is_hard = any(of.shape == "star" or of.size == "small" for of in scene.things)
+        is_hard = any(
+            of.shape == "star" or of.size == "small" or is_close(of.color, scene.background)
+            for of in scene.things
+        )
         if is_hard or rng.random() < 0.4:
             return scene, caption
+
+
+def is_close(color: str, background: str) -> bool:
+    """Whether two colour words name colours that look alike."""
+    return float(np.linalg.norm(_rgb(color) - _rgb(background))) < _CLOSE
 
 
 def holds_held_out(scene: Scene) -> bool:
@@ -169,7 +184,7 @@ def holds_held_out(scene: Scene) -> bool:
 
 
 def held_out_prompts(count: int, seed: int = 0) -> list[tuple[str, Scene]]:
-    """One-object prompts of combinations that were never trained on, with what they ask for.
+    """One-object prompts of combinations that the network never saw, with what they ask for.
 
     They are all different while `count` is at most 300 or so; the seed chooses their order.
     """
@@ -203,7 +218,7 @@ def held_out_prompts(count: int, seed: int = 0) -> list[tuple[str, Scene]]:
 
 
 def two_object_prompts(count: int, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Prompts of two objects, at least one of a combination that was never trained on.
+    """Prompts of two objects, at least one of a combination that the network never saw.
 
     All that is asked for is told, which of them is where too.
     """

@@ -117,12 +117,12 @@ WHOLE = Amounts(
     network=(
         Schedule(steps=3000, rate=3e-3, warm_up=60, ema=0.995, horizon=4200),
         Schedule(steps=1100, rate=2.5e-3, warm_up=30, ema=0.99),
-        Schedule(steps=4800, rate=2.5e-3, warm_up=50, ema=0.997),
+        Schedule(steps=4200, rate=2.5e-3, warm_up=50, ema=0.997),
     ),
     lora=Schedule(steps=400, rate=6e-3, warm_up=20, ema=0.98),
     scenes={
         "scenes": (5400, 520, 136),
-        "hard": (6000, 3000, 1100),
+        "hard": (5400, 2600, 800),
     },
     lora_scenes=(640, 120, 32),
 )
@@ -256,7 +256,8 @@ class _Trainer:
     def _write_sheet(self, name: str, step: int) -> None:
         ids, lengths = encode_captions(self.tokenizer, SHEET_PROMPTS)
         latents = self.painter.sample(ids, lengths, self.empty, seed=self.seed)
-        decoded = self.autoencoder.decode(from_sampler(latents), return_dict=False)[0]
+        outside = from_sampler(latents * autoencoders.SPREAD)
+        decoded = self.autoencoder.decode(outside, return_dict=False)[0]
         pictures = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         starts = range(0, len(pictures), 6)
         rows = [np.concatenate(list(pictures[start : start + 6]), 1) for start in starts]

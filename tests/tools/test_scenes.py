@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -18,6 +20,7 @@ from tools.scenes import (
     hard_scene,
     held_out_prompts,
     holds_held_out,
+    is_close,
     is_held_out,
     mask_of,
     random_scene,
@@ -115,20 +118,27 @@ def test_two_objects_are_told_in_full_and_held_out() -> None:
         assert scene.background in caption
 
 
-def test_hard_scenes_show_stars_and_small_things_oftener() -> None:
-    def share(scenes: list[Scene]) -> tuple[float, float]:
-        stars = np.mean([any(of.shape == "star" for of in scene.things) for scene in scenes])
-        small = np.mean([any(of.size == "small" for of in scene.things) for scene in scenes])
-        return float(stars), float(small)
-
+def test_hard_scenes_show_what_is_hard_oftener_and_the_rest_too() -> None:
+    kinds: list[Callable[[Scene], bool]] = [
+        lambda scene: any(of.shape == "star" for of in scene.things),
+        lambda scene: any(of.size == "small" for of in scene.things),
+        lambda scene: any(is_close(of.color, scene.background) for of in scene.things),
+    ]
     rng = np.random.default_rng(3)
-    usual = share([random_scene(rng)[0] for _ in range(1000)])
+    usual = [random_scene(rng)[0] for _ in range(1000)]
     hard = [hard_scene(rng)[0] for _ in range(1000)]
     assert not any(holds_held_out(scene) for scene in hard)
-    assert all(more > 1.15 * often for more, often in zip(share(hard), usual))
-    assert any(
-        all(of.shape != "star" and of.size != "small" for of in scene.things) for scene in hard
-    )
+    for kind in kinds:
+        assert sum(map(kind, hard)) > 1.15 * sum(map(kind, usual))
+    assert not all(any(kind(scene) for kind in kinds) for scene in hard)
+
+
+def test_colours_hard_to_tell_from_each_other_are_few() -> None:
+    assert is_close("red", "orange")
+    assert is_close("orange", "red")
+    assert not is_close("green", "purple")
+    pairs = [(one, other) for one in COLORS for other in COLORS if one != other]
+    assert sum(is_close(*pair) for pair in pairs) < len(pairs) / 4
 
 
 def test_a_caption_decides_where_edges_are() -> None:

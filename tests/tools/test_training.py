@@ -391,7 +391,7 @@ def test_products_are_in_lower_precision_where_that_is_asked_for_and_a_kill_chan
     monkeypatch.setattr(resumable, "SAVE_SECONDS", -1.0)
     latents = torch.randn(4, 16, 8, 6, generator=torch.Generator().manual_seed(0))
     ids = torch.zeros(4, 32, dtype=torch.int64)
-    data = [Latents(latents, ids, torch.full((4,), 5))] * 3
+    data = [Latents(latents, ids, torch.full((4,), 5), latents[:, :1] > 1)] * 3
     seen: list[torch.dtype | None] = []
     really = Painter.velocity
 
@@ -560,7 +560,7 @@ def test_a_lora_on_file_does_what_the_trained_one_did(
     painter = Painter.make(model_size(448), 0)
     ids = torch.zeros(4, 32, dtype=torch.int64)
     latents = torch.ones(4, 16, 8, 6)
-    data = [Latents(latents, ids, torch.full((4,), 5))] * 3
+    data = [Latents(latents, ids, torch.full((4,), 5), latents[:, :1] > 1)] * 3
     before = {name: x.clone() for name, x in painter.network.native_tensors().items()}
     monkeypatch.setattr("tools.demo_loras.OF_LORAS", PLAIN)
     learned: dict[str, Tensor] = {}

@@ -82,6 +82,22 @@ def test_its_log_tells_the_command_and_every_phase():
     assert " /" not in log
 
 
+def test_the_figures_told_are_those_of_these_weights():
+    figures = json.loads((REPOSITORY / "bench/results/built-in-model.json").read_text())
+    sums = (builtin_model() / "SHA256SUMS").read_bytes()
+    assert figures["weights"] == hashlib.sha256(sums).hexdigest()
+    assert figures["partial"] is False
+    [one, two] = figures["one object"], figures["two objects"]
+    told = {one[part] for part in ("background", "color", "place", "shape", "whole")} | {
+        two["whole"]
+    }
+    for name in ("README.md", "CHANGELOG.md"):
+        text = (REPOSITORY / name).read_text(encoding="utf-8")
+        paragraph = next(part for part in text.split("\n\n") if "zorp" in part)
+        missing = [share for share in told if f"{100 * share:g}" not in paragraph]
+        assert not missing, name
+
+
 def test_diffusers_and_transformers_read_it_without_a_rest():
     kinds = {
         "transformer": ZImageTransformer2DModel,
