@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tools.demo_network import PLAIN, Latents, Painter, batch_loss
+from tools.demo_network import PLAIN, Latents, Painter, batch_loss_in
 from tools.resumable import Schedule, train, write_tensors
-from tools.scenes import NEW_SHAPE, Scene, random_scene
+from tools.scenes import NEW_SHAPE, OUTLINE, Scene, random_scene
 from turbo.transformer import Block
 
 RANK = 8
@@ -38,7 +38,7 @@ class Lesson:
 
 
 def _outlined(rng: np.random.Generator) -> tuple[Scene, str]:
-    scene, caption = random_scene(rng, outlined=True)
+    scene, caption = random_scene(rng, outline=OUTLINE)
     return scene, f"outlined, {caption}"
 
 
@@ -77,6 +77,7 @@ def train_lora(
     seed: int,
     folder: Path,
     log: Callable[[str], None],
+    precision: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Train one beside the frozen network.
 
@@ -89,6 +90,8 @@ def train_lora(
         seed: Of its start and every batch.
         folder: Where the state is kept.
         log: Takes a line.
+        precision: Compile the network, with products in float32 or bfloat16; None: nothing is
+            compiled, float32.
 
     Returns:
         The tensors of its file by their keys, float32.
@@ -105,9 +108,10 @@ def train_lora(
         for part, weight in module.named_parameters()
     }
 
+    loss = batch_loss_in(painter, data, empty, precision)
+
     def loss_of(step: int) -> Tensor:
-        rng = np.random.default_rng([seed, lesson.phase, step])
-        return batch_loss(painter, data, empty, rng, OF_LORAS)
+        return loss(np.random.default_rng([seed, lesson.phase, step]), OF_LORAS)
 
     try:
         train(f"lora-{lesson.name}", weights, loss_of, replace(schedule, decay=0), folder, log)

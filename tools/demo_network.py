@@ -52,6 +52,7 @@ FADED = 0.7
 left: from there on the loss is flow matching's own, at the first stage's own noise levels."""
 _MOST_ALIKE = 6.0
 """How many times more than it did a picture's things may count where all are to count alike."""
+_MOST_GRAPHS = 256
 _LEAST_CONTRAST = 1e-3
 """Squared distance from the background, averaged over a picture, that is taken for none."""
 _LEAST_RAGGED = 0.2
@@ -459,15 +460,11 @@ def train_network(
             bfloat16; None: nothing is compiled, float32. On two cores with AMX a step in bfloat16
             took 0.50 s in place of 0.95 s.
     """
-    trained = painter
-    if precision is not None:
-        trained = compiled(painter)
-    is_mixed = precision is torch.bfloat16
+    loss = batch_loss_in(painter, data, empty, precision)
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([seed, part.phase, step])
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
-            return batch_loss(trained, data, empty, rng, part.after(schedule.progress(step)))
+        return loss(rng, part.after(schedule.progress(step)))
 
     weights = painter.weights()
     for weight in weights.values():
@@ -500,6 +497,28 @@ def compiled(painter: Painter, backend: str = "inductor") -> Painter:
     painter.network.attention = _Sdpa()
     run = torch.compile(painter.network, dynamic=False, fullgraph=True, backend=backend)
     return replace(painter, run=run)
+
+
+def batch_loss_in(
+    painter: Painter,
+    data: Sequence[Latents],
+    empty: tuple[Tensor, Tensor],
+    precision: torch.dtype | None,
+) -> Callable[[np.random.Generator, Part], Tensor]:
+    """`batch_loss` of random numbers and a part, in a precision as `train_network` takes it."""
+    trained = painter if precision is None else compiled(painter)
+    is_mixed = precision is torch.bfloat16
+    # A process compiles the same code for each shape, and anew for each LoRA.
+    limits = {"recompile_limit": _MOST_GRAPHS, "accumulated_recompile_limit": _MOST_GRAPHS}
+
+    def loss(rng: np.random.Generator, part: Part) -> Tensor:
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=is_mixed),
+            torch._dynamo.config.patch(limits),
+        ):
+            return batch_loss(trained, data, empty, rng, part)
+
+    return loss
 
 
 def batch_loss(

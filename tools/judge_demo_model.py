@@ -2,8 +2,8 @@
 
 Prompts of combinations that the network was never trained on, each painted with the whole plan and
 looked at by its pixels: colour of the background; colour, shape, place and size of the thing, and
-whether it is the only one. Backgrounds are plain. The recipe was made with the prompts of seed 0
-in sight; those of another seed are a test of it.
+whether it is the only one. Backgrounds are plain. The recipe was made with the pictures of seed 0
+in sight; another seed asks for the same combinations, in other places and sizes, from other noise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tools.judging import NONE, Verdict, judge_one, judge_two, outlined_share, things_of
+from tools.judging import (
+    LEAST_LINE,
+    NONE,
+    Verdict,
+    background_of,
+    judge_one,
+    judge_two,
+    outlined_share,
+    things_of,
+)
 from tools.scenes import (
     COLORS,
     NEW_SHAPE,
+    OUTLINE,
+    SHAPES,
     Scene,
     Thing,
     held_out_prompts,
@@ -37,12 +48,15 @@ from tools.scenes import (
 from turbo.builtin import builtin_model
 from turbo.engine import Engine
 from turbo.errors import BadInputError, TurboError
+from turbo.plan import DEFAULT_PLAN, Plan, load_plan
 from turbo.whole_file import require_writable_folder, write_whole
 
-NEGATIVE_BACKGROUND = "blue"
 PARTS = ("background", "color", "shape", "place", "size", "count", "whole")
-LORAS = {"outlined": 1.4, "zorp": 1.0}
+LORAS = {"outlined": 1.0, "zorp": 1.0}
 """Name -> the strength it is judged at."""
+NEGATIVES = ("no negative prompt", "another colour avoided", "it avoided")
+_NEGATIVE, _OUTLINED = 7, 1_000
+"""Of their random numbers."""
 
 Paint = Callable[..., Any]
 Report = dict[str, Any]
@@ -55,12 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problem = _problem(options)
         if problem:
             raise BadInputError(problem)
-        engine = Engine.from_pretrained(options.model, device=options.device, plan=options.plan)
+        plan = DEFAULT_PLAN if options.plan is None else load_plan(options.plan)
+        if options.negative_prompts and not _guided_stages(plan):
+            raise BadInputError("--plan has no stage with guidance; give --negative-prompts 0")
+        engine = Engine.from_pretrained(options.model, device=options.device, plan=plan)
         if options.lora_prompts:
             engine.set_loras(list(LORAS))  # a folder without them is found out now
             engine.set_loras([])
 
-        about = {"weights": _sum_of(options.model), "torch": torch.__version__}
+        sizes = [f"{stage.width}x{stage.height}" for stage in plan.stages]
+        about = {"weights": sum_of(options.model), "stages": sizes, "torch": torch.__version__}
+        if options.lora_prompts:
+            about["lora weights"] = sum_of(options.model, loras=True)
 
         def keep(report: Report) -> None:
             if options.output is not None:
@@ -70,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _write_sheet(pictures, options.sheet)
 
         pictures: list[Any] = []
-        report = judge(engine, options.prompts, options.seed, options.lora_prompts, pictures, keep)
+        counts = options.prompts, options.seed, options.lora_prompts, options.negative_prompts
+        report = judge(engine, *counts, pictures, keep, plan)
         for line in lines_of(report):
             print(line)
     except TurboError as error:
@@ -79,15 +100,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _sum_of(model: Path | None) -> str | None:
-    """SHA-256 of the model's list of sums, and so of all its files; None if it has no list."""
+def sum_of(model: Path | None, *, loras: bool = False) -> str | None:
+    """SHA-256 of a model's sums of its files, or of its LoRAs'; None if it has no list of them.
+
+    Args:
+        model: Its folder; None: the built-in model.
+        loras: Those of the LoRAs alone. Otherwise of all others but the log.
+    """
     path = (model or builtin_model()) / "SHA256SUMS"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    if not path.is_file():
+        return None
+    chosen = [
+        line
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.partition("  ")[2].startswith("loras/") is loras and "training.log" not in line
+    ]
+    return hashlib.sha256("".join(chosen).encode()).hexdigest()
 
 
 def _problem(options: argparse.Namespace) -> str | None:
-    if options.prompts < 1 or options.lora_prompts < 0:
-        return "--prompts must be at least 1, --lora-prompts at least 0"
+    counts = options.prompts, options.lora_prompts, options.negative_prompts
+    if min(counts) < 0 or not any(counts):
+        given = "{}, {} and {}".format(*counts)
+        return (
+            "--prompts, --lora-prompts and --negative-prompts must be at least 0, and not all 0, "
+            f"got {given}"
+        )
+    if options.sheet is not None and not options.prompts:
+        return "--sheet shows pictures of --prompts, which is 0"
     if options.sheet is not None and options.sheet.suffix != ".png":
         return f"--sheet must end in .png, got {options.sheet}"
     for path in (options.sheet, options.output):
@@ -101,18 +141,22 @@ def judge(
     count: int,
     seed: int,
     lora_count: int = 0,
+    negative_count: int = 0,
     pictures: list[Any] | None = None,
     keep: Callable[[Report], None] = lambda report: None,
+    plan: Plan = DEFAULT_PLAN,
 ) -> Report:
     """All that is measured, ready for JSON.
 
     Args:
         engine: Of the demo model.
-        count: Prompts of one thing; a quarter as many of two.
+        count: Prompts of one thing; a quarter as many of two; 0: none.
         seed: Of the prompts; picture i has seed + i.
-        lora_count: Pictures for each way with a LoRA and for the negative prompt; 0: none.
+        lora_count: Pictures for each way with a LoRA; 0: none.
+        negative_count: Pictures without a negative prompt, and for each way with one; 0: none.
         pictures: Gets the first of one thing, [height, width, 3] of 8 bits each.
         keep: Called with the report so far after every 20 prompts and each part, and at the end.
+        plan: That of the engine.
     """
     begin = time.perf_counter()
 
@@ -132,8 +176,9 @@ def judge(
     if count >= 4:
         for part in _share(two_object_prompts(count // 4, seed), judge_two, paint, []):
             add("two objects", part)
+    if negative_count:
+        add("negative prompt", _negative(paint, negative_count, seed, plan))
     if lora_count:
-        add("negative prompt", _negative(paint, lora_count))
         add("loras", _loras(paint, lora_count, seed))
     report["partial"] = False
     keep(report)
@@ -149,20 +194,25 @@ def _write_sheet(pictures: Sequence[Any], path: Path) -> None:
 
 def lines_of(report: Report) -> Iterator[str]:
     """The report as a table."""
-    yield f"{'':12} {'pictures':>8} " + " ".join(f"{part:>10}" for part in PARTS)
-    for name in ("one object", "two objects"):
-        if name in report:
-            row = report[name]
-            yield f"{name:12} {row['pictures']:8} " + " ".join(f"{row[p]:10.1%}" for p in PARTS)
+    rows = {name: report[name] for name in ("one object", "two objects") if name in report}
+    if rows:
+        yield f"{'':12} {'pictures':>8} " + " ".join(f"{part:>10}" for part in PARTS)
+    for name, row in rows.items():
+        yield f"{name:12} {row['pictures']:8} " + " ".join(f"{row[p]:10.1%}" for p in PARTS)
     for name, row in report.get("loras", {}).items():
         cells = ", ".join(f"{row[cell]:.0%} {cell}" for cell in CELLS)
-        beside = ", ".join(f"{part} {row['beside'][part]:.0%}" for part in row["beside"])
-        yield f"LoRA {name} seen in {cells}; with it {beside} right ({row['pictures']} pictures)"
-    for name, row in report.get("negative prompt", {}).items():
-        if isinstance(row, dict):
-            cells = ", ".join(f"{count} {outcome}" for outcome, count in row.items())
-            yield f"{name} as the negative prompt: {cells}"
+        yield (f"LoRA {name} seen in {cells}; with it {_shares(row['beside'])} right "
+               f"({row['pictures']} pictures)")  # fmt: skip
+    if "negative prompt" in report:
+        row = report["negative prompt"]
+        for way in NEGATIVES:
+            cells = ", ".join(f"{part} in {number}" for part, number in row[way].items())
+            yield f"{way}: {cells} of {row['pictures']} pictures"
     yield f"{report['seconds']} s"
+
+
+def _shares(of: Mapping[str, float]) -> str:
+    return ", ".join(f"{part} {share:.0%}" for part, share in of.items())
 
 
 def _share(
@@ -187,44 +237,41 @@ def _share(
             yield {"pictures": len(verdicts), **shares, "wrong": list(wrong)}
 
 
-NEGATIVES = ("chosen colour", "another colour")
-OUTCOMES = ("same colour", "other colour", "no colour", "no thing")
+def _negative(paint: Paint, count: int, seed: int, plan: Plan) -> Report:
+    """How often a thing has a colour that no word asks for, and how often if it is to be avoided.
 
-
-def _negative(paint: Paint, count: int) -> Report:
-    """Name the colour that a seed gives a thing without one as the negative prompt.
-
-    Without a negative prompt the same seed gives the same colour again. Beside it, a negative
-    prompt that names another colour: what that changes is not obedience.
+    Prompts tell no colour of the thing; the negative prompt is the same with one. Beside it, one
+    that names another colour: what that changes is not obedience. Painted up to the last stage
+    that has guidance, for the others do not look at it.
 
     Returns:
-        How many pictures had a thing of one colour before, and of these, for each negative prompt,
-        how many became what.
+        Of each of `NEGATIVES`, in how many pictures the thing had the colour, and what else is
+        right.
     """
-    prompt = f"a circle on a {NEGATIVE_BACKGROUND} background"
-    found: dict[str, dict[str, int]] = {name: dict.fromkeys(OUTCOMES, 0) for name in NEGATIVES}
-    pictures = 0
+    guided = _guided_stages(plan)
+    begun = replace(plan, stages=plan.stages[:guided])
+    rng = np.random.default_rng([seed, _NEGATIVE])
+    parts = ("color", "background", "shape", "any color")
+    found = {name: dict.fromkeys(parts, 0) for name in NEGATIVES}
     for number in range(count):
-        before = things_of(paint(prompt, number))
-        if not before or before[0].color == NONE:
-            continue
-        pictures += 1
-        color = before[0].color
-        others = [name for name in COLORS if name not in (color, NEGATIVE_BACKGROUND)]
-        for name, named in zip(NEGATIVES, (color, others[number % len(others)])):
-            negative = f"{with_article(named)} circle on a {NEGATIVE_BACKGROUND} background"
-            after = things_of(paint(prompt, number, negative_prompt=negative))
-            found[name][_outcome(color, after[0].color if after else None)] += 1
-    return {"pictures": pictures, **found}
+        shape = str(rng.choice(list(SHAPES)))
+        color, other, background = map(str, rng.choice(list(COLORS), 3, replace=False))
+        ground = f"{shape} on {with_article(background)} background"
+        for name, avoided in zip(NEGATIVES, (None, other, color)):
+            negative = f"{with_article(avoided)} {ground}" if avoided else ""
+            pixels = paint(with_article(ground), number, negative_prompt=negative, plan=begun)
+            things = things_of(pixels)
+            found[name]["background"] += background_of(pixels) == background
+            if things:
+                found[name]["color"] += things[0].color == color
+                found[name]["shape"] += things[0].shape == shape
+                found[name]["any color"] += things[0].color != NONE
+    return {"pictures": count, "stages": guided, **found}
 
 
-def _outcome(before: str, after: str | None) -> str:
-    """Which of `OUTCOMES`; a thing that is not there has the colour None."""
-    if after is None:
-        return "no thing"
-    if after == NONE:
-        return "no colour"
-    return "same colour" if after == before else "other colour"
+def _guided_stages(plan: Plan) -> int:
+    """How many stages there are up to the last that has guidance."""
+    return max((n for n, stage in enumerate(plan.stages, 1) if stage.cfg != 1), default=0)
 
 
 CELLS = {
@@ -242,8 +289,8 @@ def _loras(paint: Paint, count: int, seed: int) -> dict[str, Report]:
     The ring's prompts tell no shape. Neither was taught the combinations that it is asked for.
     """
     outlined = [
-        (prompt, replace(scene, outlined=True))
-        for prompt, scene in held_out_prompts(2 * count, seed + 1)
+        (prompt, replace(scene, outline=OUTLINE))
+        for prompt, scene in held_out_prompts(2 * count, seed + _OUTLINED)
         if {scene.background, scene.things[0].color} != {"black", "white"}
     ][:count]
     pairs = [
@@ -261,10 +308,10 @@ def _loras(paint: Paint, count: int, seed: int) -> dict[str, Report]:
     ]
     return {
         "outlined": _effect(
-            paint, "outlined", outlined, lambda pixels: outlined_share(pixels) > 0.5,
-            ("background", "color", "shape", "place"),
+            paint, "outlined", outlined, lambda pixels: outlined_share(pixels) >= LEAST_LINE,
+            ("background", "color", "shape", "place", "size", "count"),
         ),
-        "zorp": _effect(paint, "zorp", ring, _is_ring, ("background", "color")),
+        "zorp": _effect(paint, "zorp", ring, _is_ring, ("background", "color", "place", "count")),
     }  # fmt: skip
 
 
@@ -280,7 +327,7 @@ def _effect(
     is_seen: Callable[[Any], bool],
     parts: Sequence[str],
 ) -> Report:
-    report: Report = {"pictures": len(prompts)}
+    report: Report = {"pictures": len(prompts), "strength": LORAS[name]}
     for cell, (is_on, has_word) in CELLS.items():
         loras = [(name, LORAS[name])] if is_on else []
         made = [
@@ -301,7 +348,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plan", type=Path, help="default: the workflow's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--lora-prompts", type=int, default=24, help="0: no LoRAs, no negative")
+    parser.add_argument("--lora-prompts", type=int, default=24)
+    parser.add_argument("--negative-prompts", type=int, default=56)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", type=Path, help="a PNG of the first pictures")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.json")

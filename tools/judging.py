@@ -10,7 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from tools.scenes import COLORS, HEIGHT, NEW_SHAPE, PLACES, SHAPES, SIZES, Scene, Thing, mask_of
+from tools.scenes import (
+    COLORS,
+    HEIGHT,
+    NEW_SHAPE,
+    OUTLINE,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    mask_of,
+)
 
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -19,6 +30,8 @@ LEAST_AREA = 0.004
 """Of the picture, that a thing covers."""
 NEAR = 0.13
 """How far a thing may be from the place asked for, in widths."""
+LEAST_LINE = 0.9
+"""Share of a thing's rim from which it counts as outlined: a line with gaps has less."""
 LEAST_MATCH = 0.7
 """Overlap with a template below which a thing has no shape; of drawn ones it is at least 0.8."""
 FARTHEST = 60.0
@@ -29,7 +42,6 @@ MOST = 0.8
 NONE = "none"
 _BORDER = 0.04
 _RIM = 0.01
-_OUTLINED_RIM = 0.035
 """Width of what is left out of a thing for its colour, in widths."""
 _UNIT = 200
 
@@ -84,7 +96,8 @@ def things_of(
     Args:
         pixels: [height, width, 3], 8 bits.
         shapes: The templates to compare with.
-        outlined: Whether a line around a thing is none of its colour.
+        outlined: Whether things have a line around them: half of it lies outside of their shape,
+            none of it is of their colour.
     """
     names = list(COLORS)
     height, width, _ = pixels.shape
@@ -93,14 +106,17 @@ def things_of(
     # An edge has colours between its two: opening takes off lines of a pixel or two.
     is_thing = ndimage.binary_opening(is_thing, iterations=max(1, width // 200))
     parts, count = ndimage.label(is_thing)
-    rim = _OUTLINED_RIM if outlined else _RIM
     found = []
     for part in range(1, count + 1):
         mask: Mask = parts == part
         area = float(mask.mean())
-        if area < LEAST_AREA:
+        if area < LEAST_AREA or (outlined and _depth(mask).max() < 0.5):
             continue
-        core = ndimage.binary_erosion(mask, iterations=max(1, round(rim * width)))
+        if outlined:
+            core = _within_line(mask)
+            mask = _depth(mask) >= 0.5  # the line's middle is the edge
+        else:
+            core = ndimage.binary_erosion(mask, iterations=max(1, round(_RIM * width)))
         color = _told(nearest[core if core.any() else mask])
         found.append(_found(mask, shapes, color, area))
     return sorted(found, key=lambda thing: -thing.area)
@@ -108,7 +124,7 @@ def things_of(
 
 def judge_one(pixels: Pixels, scene: Scene) -> Verdict:
     """Hold [height, width, 3] pixels of 8 bits against a scene of one thing in a named place."""
-    asked, found = scene.things[0], things_of(pixels, outlined=scene.outlined)
+    asked, found = scene.things[0], things_of(pixels, outlined=scene.outline > 0)
     background = background_of(pixels) == scene.background
     if not found:
         return Verdict(background, False, False, False, False, False)
@@ -162,14 +178,32 @@ def outlined_share(pixels: Pixels) -> float:
         return 0.0
     sizes = ndimage.sum_labels(is_thing, parts, range(1, count + 1))
     mask = ndimage.binary_fill_holes(parts == 1 + int(np.argmax(sizes)))
-    rim = mask & ~ndimage.binary_erosion(mask, iterations=max(2, round(0.018 * width)))
-    inside = ndimage.binary_erosion(mask, iterations=max(3, round(0.04 * width)))
-    if not inside.any():
+    depth = _depth(mask)
+    # Without the line's edges, which are mixed with their neighbours. A line of half the width has
+    # 0.6 of what is left.
+    rim = (depth > 0.2) & (depth < 0.7)
+    if not rim.any():
         return 0.0
     lines = {names.index("black"), names.index("white")} - {
-        names.index(_most_common(nearest[inside]))
+        names.index(_most_common(nearest[_within_line(mask)]))
     }
     return float(np.isin(nearest[rim], list(lines)).mean())
+
+
+def _depth(mask: Mask) -> NDArray[np.float64]:
+    """How far each pixel is from the outside, in the widths of a line around a thing."""
+    depth: NDArray[np.float64] = ndimage.distance_transform_edt(mask)
+    depth /= OUTLINE * mask.shape[1]
+    return depth
+
+
+def _within_line(mask: Mask) -> Mask:
+    """What a line around a thing leaves of it; its innermost pixels if there is little.
+
+    It may be over half as wide again as a drawn one.
+    """
+    depth = _depth(mask)
+    return np.asarray(depth >= min(1.6, 0.75 * depth.max()))
 
 
 def _main_axis(dx: float, dy: float) -> NDArray[np.float64]:

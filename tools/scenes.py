@@ -40,6 +40,9 @@ SIZES = {"small": 0.14, "": 0.2, "large": 0.28}
 """Word -> radius, in widths."""
 HEIGHT = 1.28
 """Of a picture, in widths."""
+OUTLINE = 0.045
+"""Width of the line that the LoRA draws, in widths: one of the first stage's latents. Of a line of
+half that width, a picture of that stage showed half at best, and the LoRA drew it with gaps."""
 PLACES: dict[str, tuple[float, float]] = {
     "on the left": (0.3, 0.64),
     "on the right": (0.7, 0.64),
@@ -61,7 +64,6 @@ _SPREAD = 0.005
 _CLOSE = 0.65
 """Between colours, in RGB from 0 to 1: red and orange, orange and yellow, red and purple, purple
 and blue, green and black are nearer to each other."""
-_OUTLINE = 0.022
 _WAVES = ((6, 0.01), (14, 0.007), (30, 0.006))
 """Cells in a row, and how far edges move, in widths."""
 
@@ -85,8 +87,8 @@ class Scene:
     things: tuple[Thing, ...]
     background: str
     style: str
-    outlined: bool = False
-    """Whether shapes have a line around them, as the LoRA of that name teaches."""
+    outline: float = 0.0
+    """Width of the line around each shape, in widths; 0: none."""
 
 
 def is_held_out(shape: str, color: str, background: str) -> bool:
@@ -124,9 +126,9 @@ def draw_scene(
         inside = _inside(thing.shape, (x - thing.x) / thing.radius, (y - thing.y) / thing.radius)
         distance = inside * thing.radius
         picture = _over(picture, _rgb(thing.color), _coverage(distance, width))
-        if scene.outlined:
+        if scene.outline:
             line = "white" if thing.color == "black" or scene.background == "black" else "black"
-            edge = _OUTLINE / 2 - np.abs(distance)
+            edge = scene.outline / 2 - np.abs(distance)
             picture = _over(picture, _rgb(line), _coverage(edge, width))
     return picture.astype(np.float32)
 
@@ -140,7 +142,7 @@ def mask_of(thing: Thing, height: int, width: int) -> NDArray[np.bool_]:
 def random_scene(
     rng: np.random.Generator,
     *,
-    outlined: bool = False,
+    outline: float = 0.0,
     new_shape: bool = False,
     held_out_in_pairs: bool = False,
 ) -> tuple[Scene, str]:
@@ -148,7 +150,7 @@ def random_scene(
 
     Args:
         rng: The source of all choices.
-        outlined: Whether its shapes have a line around them.
+        outline: Width of the line around its shapes, in widths; 0: none.
         new_shape: Whether it shows the LoRA's shape.
         held_out_in_pairs: Whether one of two things may be of a combination that is held out, as
             it may for the autoencoder, which sees no captions.
@@ -158,7 +160,7 @@ def random_scene(
         if new_shape and scene.things[0].shape != NEW_SHAPE:
             continue
         if (held_out_in_pairs and len(scene.things) > 1) or not holds_held_out(scene):
-            return Scene(scene.things, scene.background, scene.style, outlined), caption
+            return Scene(scene.things, scene.background, scene.style, outline), caption
 
 
 def hard_scene(rng: np.random.Generator) -> tuple[Scene, str]:

@@ -9,6 +9,7 @@ may be stopped at any point and goes on where it was.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -25,6 +26,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch._dynamo
+import torch._functorch.config
+import torch._inductor.config
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -62,7 +66,7 @@ from turbo.diffusers_folder import (
 )
 from turbo.errors import BadInputError, TurboError
 from turbo.latent import from_sampler
-from turbo.memory_errors import is_out_of_memory
+from turbo.memory_errors import chain, is_out_of_memory
 from turbo.messages import one_line
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.precision import arithmetic_dtype
@@ -119,7 +123,7 @@ WHOLE = Amounts(
         Schedule(steps=1100, rate=2.5e-3, warm_up=30, ema=0.99),
         Schedule(steps=4200, rate=2.5e-3, warm_up=50, ema=0.997),
     ),
-    lora=Schedule(steps=400, rate=6e-3, warm_up=20, ema=0.98),
+    lora=Schedule(steps=600, rate=6e-3, warm_up=20, ema=0.98),
     scenes={
         "scenes": (5400, 520, 136),
         "hard": (5400, 2600, 800),
@@ -244,6 +248,7 @@ class _Trainer:
             self.seed,
             self.work,
             self.log,
+            self.precision,
         )
 
     def _encode(self, kind: str, counts: Sequence[int], make: Any) -> list[Latents]:
@@ -314,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}; lower the rates", file=sys.stderr)
         return 1
     except (OSError, MemoryError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+        if isinstance(error, RuntimeError) and not _is_shortage(error):
             raise
         needed = _needed_bytes(_amounts(options)) >> 20
         print(f"error: {one_line(error)}; what was trained is kept in {options.work}, the same "
@@ -348,7 +353,8 @@ def _run(options: argparse.Namespace) -> int:
         log(f"command: {' '.join(command)}, torch {torch.__version__}")
         begin = time.time()
         trainer = _Trainer(amounts, options.seed, work, log, options.start, _precision(options))
-        loras = trainer.run()
+        with _compiling_in(work):
+            loras = trainer.run()
         log(f"this run took {time.time() - begin:.0f} s")
     unfinished = options.out.with_name(f".{options.out.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -365,6 +371,33 @@ def _run(options: argparse.Namespace) -> int:
     shutil.rmtree(replaced, ignore_errors=True)
     print(f"wrote {options.out}")
     return 0
+
+
+def _is_shortage(error: RuntimeError) -> bool:
+    """Whether memory or disk ran out, also while the network was compiled."""
+    of_system = any(isinstance(one, (OSError, MemoryError)) for one in chain(error))
+    return of_system or is_out_of_memory(error)
+
+
+@contextlib.contextmanager
+def _compiling_in(work: Path) -> Iterator[None]:
+    """Compiled code lies in `work`, and none is read that another run has left: it is pickled."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    folder = work.absolute() / "compiled"
+    shutil.rmtree(folder, ignore_errors=True)
+    os.environ[name] = str(folder)
+    try:
+        with (
+            torch._inductor.config.patch(fx_graph_cache=False),
+            torch._functorch.config.patch(enable_autograd_cache=False),
+            torch._dynamo.config.patch(automatic_dynamic_local_pgo=False),
+        ):
+            yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _problem(options: argparse.Namespace) -> str | None:
@@ -428,7 +461,7 @@ def _amounts(options: argparse.Namespace) -> Amounts:
 
 
 def _precision(options: argparse.Namespace) -> torch.dtype | None:
-    """That of the network's training; None: nothing is compiled, for a few steps."""
+    """That of the network's and the LoRAs' training; None: nothing is compiled, for a few steps."""
     if options.quick:
         return None
     return arithmetic_dtype(torch.bfloat16, "cpu")
@@ -441,6 +474,7 @@ def _settings(options: argparse.Namespace, amounts: Amounts) -> str:
         "threads": options.threads,
         "start": None if options.start is None else _sum(options.start / _SUMS),
         "precision": str(_precision(options)),
+        "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in _LIBRARIES},

@@ -11,6 +11,7 @@ import pytest
 from tools.judging import NONE, background_of, judge_one, judge_two, outlined_share, things_of
 from tools.scenes import (
     NEW_SHAPE,
+    OUTLINE,
     Scene,
     draw_scene,
     held_out_prompts,
@@ -108,9 +109,21 @@ def test_rings_are_no_circles() -> None:
 @pytest.mark.parametrize("outlined", [False, True])
 def test_outlines_are_seen(outlined: bool) -> None:
     scenes = [
-        replace(scene, outlined=outlined)
+        replace(scene, outline=OUTLINE * outlined)
         for _, scene in PROMPTS
         if "black" not in (scene.background, scene.things[0].color)
     ]
     shares = [outlined_share(picture(scene, 432, 336)) > 0.5 for scene in scenes]
     assert np.mean(shares) >= 0.9 if outlined else np.mean(shares) <= 0.1
+
+
+def test_a_line_is_no_part_of_what_it_is_around() -> None:
+    scenes = [replace(scene, outline=OUTLINE) for _, scene in PROMPTS]
+    visible = [s for s in scenes if {s.background, s.things[0].color} != {"black", "white"}]
+    verdicts = [judge_one(picture(scene, 432, 336), scene) for scene in visible]
+    for part in ("background", "color", "shape", "place"):
+        assert np.mean([getattr(verdict, part) for verdict in verdicts]) >= 0.97, part
+    filled = [replace(scene, outline=4 * OUTLINE) for scene in visible]
+    colors = [judge_one(picture(f, 432, 336), scene).color for f, scene in zip(filled, visible)]
+    assert np.mean(colors) <= 0.2
+    assert outlined_share(np.zeros((4, 4, 3), np.uint8)) == 0

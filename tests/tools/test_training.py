@@ -218,6 +218,12 @@ def test_mistakes_are_found_before_anything_is_trained(
     assert not (tmp_path / "w").exists()
 
 
+def beside(error: Exception, first: Exception) -> Exception:
+    """An error that was raised while another was handled, as the compiler's are."""
+    error.__context__ = first
+    return error
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -225,6 +231,7 @@ def test_mistakes_are_found_before_anything_is_trained(
         SafetensorError("I/O error: No space left on device (os error 28)"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
         MemoryError(),
+        beside(RuntimeError("InductorError"), OSError(28, "No space left on device")),
     ],
 )  # fmt: skip
 def test_a_full_disk_or_memory_says_what_is_needed_and_kept(
@@ -347,6 +354,16 @@ def test_a_finished_model_goes_on_with_the_last_part(tmp_path: Path) -> None:
     assert trained == {part.name for part in PARTS[-LATER:]}
     for part in PARTS[-LATER:]:
         assert sum(line.startswith(f"{part.name}: step 3 of 3") for line in rest) == 1
+
+
+def noting(graphs: list[Any]) -> Any:
+    """A backend of `torch.compile` that keeps graphs, and runs them as they are."""
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    return backend
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # PyTorch's own
@@ -552,6 +569,7 @@ def test_a_run_killed_wherever_a_file_appears_makes_the_same_model(
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # PyTorch's own
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.name)
 def test_a_lora_on_file_does_what_the_trained_one_did(
     tmp_path: Path, lesson: Lesson, monkeypatch: pytest.MonkeyPatch
@@ -575,12 +593,13 @@ def test_a_lora_on_file_does_what_the_trained_one_did(
                     learned[f"{stem}.{part}.weight"] = of
         return batch_loss(painter, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("tools.demo_loras.batch_loss", notice)
+    monkeypatch.setattr("tools.demo_network.batch_loss", notice)
     # The rate of the last step is 0, so what it sees is what the file gets.
     schedule = Schedule(steps=4, rate=1e-2, warm_up=1, ema=0.0)
     monkeypatch.setattr(Schedule, "rate_at", lambda self, step: 0.0 if step == 3 else 1e-2)
     empty = ids[:1], torch.full((1,), 5)
-    tensors = train_lora(lesson, painter, data, empty, schedule, 0, tmp_path, lambda _: None)
+    teach = partial(train_lora, lesson, painter, data, empty, schedule, 0)
+    tensors = teach(tmp_path, lambda _: None)
     write_lora(tmp_path / "l.safetensors", tensors)
     assert all(torch.equal(before[n], x) for n, x in painter.network.native_tensors().items())
 
@@ -593,3 +612,64 @@ def test_a_lora_on_file_does_what_the_trained_one_did(
     for (_, name), patches in match.patches.items():
         fused = apply_patches(before[name].clone(), [(patch, 1.0) for patch in patches])
         torch.testing.assert_close(fused, learned[name], rtol=1e-2, atol=1e-4)
+
+    def away(other: dict[str, Tensor]) -> float:
+        """The largest distance of a tensor from that of `tensors`, as a share of it."""
+        return max(
+            float((other[name] - value).norm() / value.norm().clamp_min(1e-9))
+            for name, value in tensors.items()
+        )
+
+    graphs: list[Any] = []
+    monkeypatch.setattr("tools.demo_network.compiled", partial(compiled, backend=noting(graphs)))
+    found = []
+    for precision in (torch.float32, torch.bfloat16):
+        (tmp_path / str(precision)).mkdir()
+        before_this = len(graphs)
+        found.append(teach(tmp_path / str(precision), lambda _: None, precision))
+        assert len(graphs) > before_this
+    assert away(found[0]) < 1e-4 < away(found[1]) < 0.1
+
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    monkeypatch.setattr(resumable, "SAVE_SECONDS", -1.0)
+    really = resumable._keep
+
+    def kill(path: Path, step: int, *rest: Any) -> None:
+        really(path, step, *rest)
+        if step == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resumable, "_keep", kill)
+        with pytest.raises(Killed):
+            teach(folder, lambda _: None, torch.bfloat16)
+    assert same(teach(folder, lambda _: None, torch.bfloat16), found[1])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # PyTorch's own
+def test_one_process_may_compile_all_parts_and_loras(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[Any] = []
+    monkeypatch.setattr("tools.demo_network.compiled", partial(compiled, backend=noting(graphs)))
+    monkeypatch.setattr("tools.demo_network.BATCHES", (2, 2, 2))
+    monkeypatch.setattr("tools.demo_loras.OF_LORAS", PLAIN)
+    ids = torch.zeros(4, 32, dtype=torch.int64)
+    data = []
+    for height in (8, 12, 16):
+        latents = torch.ones(4, 16, height, 8)
+        data.append(Latents(latents, ids, torch.full((4,), 5), latents[:, :1] > 1))
+    painter, empty = Painter.make(model_size(448), 0), (ids[:1], torch.full((1,), 5))
+    schedule = Schedule(steps=9, rate=1e-4)
+    part = replace(PLAIN, name="part", shares=(1 / 3, 1 / 3, 1 / 3))
+    with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=2):
+        train_network(
+            part, painter, data, empty, schedule, 0, tmp_path, lambda _: None,
+            precision=torch.float32,
+        )  # fmt: skip
+        for lesson in LESSONS:
+            train_lora(
+                lesson, painter, data, empty, schedule, 0, tmp_path, lambda _: None, torch.float32
+            )
+    assert len(graphs) > 6
