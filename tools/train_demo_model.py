@@ -468,7 +468,7 @@ def _precision(options: argparse.Namespace) -> torch.dtype | None:
 
 
 def _settings(options: argparse.Namespace, amounts: Amounts) -> str:
-    """All that the bits depend on."""
+    """What the bits depend on, but for the compiler and the processor's model."""
     of = {
         "seed": options.seed,
         "threads": options.threads,

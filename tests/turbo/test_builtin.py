@@ -123,8 +123,11 @@ def test_the_loras_figures_told_are_those_of_these_files():
     assert all(of[cell] == 0 for of in (line, ring) for cell in ("none", "trigger alone"))
     seen = " and ".join(f"{round(line['pictures'] * of['both'])}" for of in (line, ring))
     counts = [negative[name]["color"] for name in NEGATIVES]
+    shapes = f"{100 * line['beside']['shape']:.0f} %"
     for text in paragraphs():
         assert f"in {seen} of {line['pictures']} pictures" in text
+        assert shapes in text
+        assert "first stage alone" in text
         assert "in {} of {} pictures, in {} with another colour to avoid, in {}".format(
             counts[0], negative["pictures"], *counts[1:]
         ) in text  # fmt: skip
