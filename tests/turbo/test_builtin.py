@@ -122,15 +122,17 @@ def test_the_loras_figures_told_are_those_of_these_files():
     assert line["pictures"] == ring["pictures"]
     assert all(of[cell] == 0 for of in (line, ring) for cell in ("none", "trigger alone"))
     seen = " and ".join(f"{round(line['pictures'] * of['both'])}" for of in (line, ring))
-    counts = [negative[name]["color"] for name in NEGATIVES]
+    counts, right = ([negative[way][what] for way in NEGATIVES] for what in ("color", "shape"))
     shapes = f"{100 * line['beside']['shape']:.0f} %"
     for text in paragraphs():
         assert f"in {seen} of {line['pictures']} pictures" in text
         assert shapes in text
         assert "first stage alone" in text
-        assert "in {} of {} pictures, in {} with another colour to avoid, in {}".format(
-            counts[0], negative["pictures"], *counts[1:]
+        assert "in {} of {} pictures, in {} with the same scene in another colour".format(
+            counts[0], negative["pictures"], counts[1]
         ) in text  # fmt: skip
+        assert f"in {counts[2]} with the scene in this one" in text
+        assert "shapes right fell from {} to {} and {}".format(*right) in text
 
 
 def test_diffusers_and_transformers_read_it_without_a_rest():
