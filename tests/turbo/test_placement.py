@@ -520,9 +520,10 @@ def test_ctrl_c_ends_all_parts_that_load_at_their_next_run_of_rows(
 
 
 def test_an_error_in_one_part_ends_the_others(model: Path, monkeypatch: pytest.MonkeyPatch):
-    read, ended = Checkpoint._read, []
+    read, reading, ended = Checkpoint._read, threading.Barrier(3), []
 
     def failing(checkpoint: Checkpoint, *args: Any, **options: Any) -> Any:
+        reading.wait()  # or a part that has not begun when another fails never reads at all
         if checkpoint.component == AUTOENCODER:
             raise CheckpointError("is damaged")
         assert checkpoint.stop is not None
