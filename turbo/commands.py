@@ -462,9 +462,6 @@ def generate(args: Namespace) -> None:
     if args.dry_run:
         _dry_run(args, plan, paths, loras, outputs)
         return
-    if paths.is_built_in:
-        builtin_model()  # so that nothing is said of it if it is not there
-    _print_notices(args, plan, paths)
     imports = _import_seconds() if args.timings else 0.0
     # Where the model lies on this machine is no part of what a picture says about itself.
     plan = replace(plan, model=replace(DEFAULT_PLAN.model, **_precision(plan)))
@@ -483,6 +480,8 @@ def generate(args: Namespace) -> None:
             strict_speed=args.strict_speed,
             on_progress=progress,
         )
+        progress.end_line()
+        _print_notices(args, plan, paths)  # now that the model and the LoRAs are known to be there
         seed = args.seed
         for number in range(1, args.n + 1):
             progress.prefix = f"{number}/{args.n} " if args.n > 1 else ""

@@ -44,7 +44,12 @@ _CHECKPOINTS = "checkpoints"
 _COMFYUI_NAMES = {name for names in COMFYUI_FOLDERS.values() for name in names} | {_CHECKPOINTS}
 _LORAS = "loras"
 DIFFUSERS_FOLDERS = {NETWORK: "transformer", TEXT_ENCODER: "text_encoder", AUTOENCODER: "vae"}
-_ARGUMENTS = {NETWORK: "diffusion_model", TEXT_ENCODER: "text_encoder", AUTOENCODER: "vae"}
+_ARGUMENTS = {
+    NETWORK: "diffusion_model (--diffusion-model)",
+    TEXT_ENCODER: "text_encoder (--text-encoder)",
+    AUTOENCODER: "vae (--vae)",
+}
+"""What names a component's file: the argument, and the command line's option."""
 _SUFFIXES = (".safetensors", ".gguf")
 _MODEL_SUFFIXES = {*_SUFFIXES, ".sft", ".ckpt", ".pt", ".pth", ".bin"}
 
@@ -187,6 +192,9 @@ def resolve_lora(name_or_path: Path | str, loras_dir: Path | None) -> Path:
         return files[hits[0]]
     if hits:
         raise LoraError(f"{wanted}: several LoRAs have this name: {_list(hits)}; give its folder")
+    name, _, tail = wanted.rpartition(":")
+    if any(each.rpartition("/")[2] in (name, f"{name}.safetensors") for each in files):
+        raise LoraError(f"{wanted}: the strength of {name} must be a number, got {tail!r}")
     close = difflib.get_close_matches(wanted, files, n=3, cutoff=0.4) or sorted(files)
     raise LoraError(f"{wanted}: no such LoRA in {loras_dir}; there is {_list(close) or 'none'}")
 

@@ -27,7 +27,7 @@ from turbo.builtin import builtin_model
 from turbo.checkpoint import Checkpoint
 from turbo.cli import CAPTURES, main
 from turbo.commands import parse_lora
-from turbo.errors import BadInputError, NonFiniteLatentError
+from turbo.errors import BadInputError, LoraError, NonFiniteLatentError
 from turbo.image_file import read_metadata
 from turbo.plan import DEFAULT_PLAN, ModelSettings, Plan, load_plan, plan_to_dict
 
@@ -259,6 +259,19 @@ def test_a_model_is_named_by_flag_then_plan_then_environment(
         ("from-flag", "v", "cpu"),
     ]
     assert "no model given" not in capsys.readouterr().err
+
+
+def test_the_built_in_model_is_pointed_out_once_all_is_loaded(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["generate", "x"]) == 0
+    assert "turbo: no model given" in capsys.readouterr().err
+
+    def failing(*_: Any, **__: Any) -> FakeEngine:
+        raise LoraError("absent: no such LoRA")
+
+    monkeypatch.setattr(commands, "load_engine", failing)
+    assert "no such LoRA" in refused(capsys, "generate", "x", "--lora", "absent")
 
 
 def test_three_named_files_need_no_model_folder(

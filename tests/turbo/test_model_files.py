@@ -135,7 +135,7 @@ def test_a_component_is_called_as_its_file_or_its_folder_in_the_model(
 
 def test_a_diffusers_folder_that_lacks_a_component_says_so(diffusers: Path, models: Path):
     shutil.rmtree(diffusers / "vae")
-    with pytest.raises(CheckpointError, match="has no folder vae; add it or give vae"):
+    with pytest.raises(CheckpointError, match=r"has no folder vae; add it or give vae \(--vae\)"):
         find_model_files(diffusers)
     vae = single_files(models)[AUTOENCODER]
     assert find_model_files(diffusers, vae=vae).vae == vae
@@ -151,7 +151,9 @@ def test_three_named_files_are_enough(models: Path):
 
 def test_two_named_files_are_not_enough(models: Path):
     network, _, vae = single_files(models).values()
-    with pytest.raises(CheckpointError, match="text_encoder must be given as well"):
+    with pytest.raises(
+        CheckpointError, match=r"text_encoder \(--text-encoder\) must be given as well"
+    ):
         find_model_files(diffusion_model=network, vae=vae)
 
 
@@ -196,7 +198,9 @@ def test_a_network_file_inside_a_comfyui_folder_finds_its_companions(models: Pat
 
 def test_a_lone_network_file_says_what_else_to_give(models: Path, tmp_path: Path):
     path = Path(shutil.copy(single_files(models)[NETWORK], tmp_path / "lone.safetensors"))
-    with pytest.raises(CheckpointError, match=r"no Qwen3 text encoder in .*; give text_encoder"):
+    with pytest.raises(
+        CheckpointError, match=r"no Qwen3 text encoder in .*; give text_encoder \(--text-encoder\)"
+    ):
         find_model_files(path)
 
 
@@ -225,7 +229,9 @@ def test_several_candidates_are_listed_with_the_argument_that_chooses(models: Pa
     network = single_files(models)[NETWORK]
     other = Path(shutil.copy(network, network.with_name("b.safetensors")))
     network = move(network, "a.safetensors")
-    with pytest.raises(CheckpointError, match=r"a\.safetensors, .*b\.saf.*with diffusion_model"):
+    with pytest.raises(
+        CheckpointError, match=r"a\.safetensors, .*b\.saf.*with diffusion_model \(--d"
+    ):
         find_model_files(models)
     assert find_model_files(models, diffusion_model="b").network == other
     assert find_model_files(models, diffusion_model="a.safetensors").network == network
@@ -417,6 +423,12 @@ def test_a_lora_is_found_by_path(loras: Path):
 def test_an_unknown_lora_is_answered_with_close_names(loras: Path):
     with pytest.raises(LoraError, match=r"sunwey: no such LoRA .*sunway\.safetensors"):
         resolve_lora("sunwey", loras)
+
+
+def test_a_strength_that_is_no_number_is_not_called_an_absent_lora(loras: Path):
+    for name in ("sunway", "sunway.safetensors"):
+        with pytest.raises(LoraError, match=f"the strength of {name} must be a number, got 'x'"):
+            resolve_lora(f"{name}:x", loras)
 
 
 def test_a_lora_name_cannot_leave_its_folder(loras: Path):
