@@ -2,9 +2,11 @@
 
 Over pytest-benchmark, which measures: every benchmark's median is held against the newest saved one
 of the same machine (see `bench.saved_runs`), and the benchmark fails if it is slower by more than
-``--benchmark-tolerance``. Every run is saved; one in which a benchmark was slower is marked, and
-later runs are not compared with it. A slowdown that is wanted becomes what is compared with once a
-run with a larger tolerance has passed. Without the flag no benchmark is collected.
+``--benchmark-tolerance``. One that is not within the tolerance is measured again when all others
+have been, three times at most, and each must show the change. Every run is saved; one in which a
+benchmark was slower is marked, and later runs are not compared with it. A slowdown that is wanted
+becomes what is compared with once a run with a larger tolerance has passed. Without the flag no
+benchmark is collected.
 """
 
 from __future__ import annotations
@@ -12,19 +14,25 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import time
 from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.runner import runtestprotocol
 
 from bench.processor_time import ProcessorTime
-from bench.saved_runs import SLOWER, Judgement, SavedRuns
+from bench.saved_runs import MEASUREMENTS, SLOWER, Judgement, SavedRuns, counting
 
 FOLDER = Path("tests", "benchmarks")
 """Where they lie, below pytest's root folder."""
 DEFAULT_TOLERANCE = 10.0
+APART_S = 5.0
+"""Between two measurements of a benchmark: about as long as slow spells were seen to last."""
 _STORAGE = "file://./.benchmarks"
+_AGAIN = "remeasured"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -101,6 +109,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = benchmarks
 
 
+@dataclass(frozen=True, slots=True)
+class _Measurement:
+    stats: Any
+    """pytest-benchmark's, whose list of them holds it."""
+    others_share: float
+    ended_s: float
+
+
 class Benchmarks:
     """One run with the flag: judges each benchmark, then saves all that were measured."""
 
@@ -114,6 +130,8 @@ class Benchmarks:
         self._device = str(pick_device("auto"))
         self._machine = describe_machine(self._device)
         self._saved = SavedRuns(_storage(config), self._machine)
+        self._measured: dict[str, list[_Measurement]] = {}
+        self._again: set[str] = set()
         self._judged: dict[str, Judgement] = {}
         self._file: Path | None = None
 
@@ -131,33 +149,78 @@ class Benchmarks:
         lines = [
             f"{len(session.items)} benchmarks of {FOLDER} on {self._device}, "
             f"{machine['threads']} threads, machine {machine['id']}",
-            f"a median more than {100 * self._tolerance:g}% above the newest saved one fails",
+            f"a median more than {100 * self._tolerance:g}% above the newest saved one fails, "
+            f"if {MEASUREMENTS} measurements agree",
             *self._saved.remarks,
         ]
         load, cores = os.getloadavg()[0], machine["cores"]
         if load > cores:
             lines.append(f"others work on this machine ({load:.1f} on {cores} cores): times vary")
         if not self._saved.baselines:
-            lines.append("no earlier run of this machine to compare with: all pass")
+            lines.append(
+                f"no earlier run of this machine: all are measured {MEASUREMENTS} times and pass"
+            )
         for line in lines:
             self._say(f"benchmark: {line}")
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+        """Run a benchmark; if one measurement is not enough, run it again when all others have."""
+        for last in self._measured.get(item.nodeid, [])[-1:]:
+            time.sleep(max(0.0, last.ended_s + APART_S - time.monotonic()))
+        self._again.discard(item.nodeid)
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        reports = runtestprotocol(item, log=False, nextitem=nextitem)
+        if item.nodeid in self._again and all(report.passed for report in reports):
+            reports = [report for report in reports if report.when == "call"]
+            for report in reports:
+                report.outcome = _AGAIN  # type: ignore[assignment]
+            item.session.items.append(item)  # over which pytest still goes
+        elif item.nodeid not in self._judged:
+            self._measured.pop(item.nodeid, None)  # a check of its own failed
+        for report in reports:
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        return (_AGAIN, "A", "AGAIN") if report.outcome == _AGAIN else None
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Judge a benchmark whose own checks have passed."""
+        """Judge a benchmark whose own checks have passed, once enough measurements are there."""
         before = ProcessorTime.now()
         result = yield
         fixture = getattr(item, "funcargs", {}).get("benchmark")
         if fixture is not None and fixture.stats is not None:
-            median_s = fixture.stats.stats.median
-            baseline = self._saved.baselines.get(item.nodeid)
             others = ProcessorTime.now().others_share(before)
-            judgement = Judgement(median_s, baseline, self._tolerance, others)
-            self._judged[item.nodeid] = judgement
-            fixture.extra_info |= {"verdict": judgement.verdict, "others_share": round(others, 3)}
-            if judgement.verdict == SLOWER:
-                pytest.fail(f"slower: {judgement}", pytrace=False)
+            measured = self._measured.setdefault(item.nodeid, [])
+            measured.append(_Measurement(fixture.stats, others, time.monotonic()))
+            self._judge(item.nodeid, measured)
         return result
+
+    def _judge(self, name: str, measured: list[_Measurement]) -> None:
+        baseline = self._saved.baselines.get(name)
+        medians_s = [each.stats.stats.median for each in measured]
+        number = counting(medians_s, baseline, self._tolerance)
+        if number is None:
+            self._again.add(name)
+            return
+        counted = measured[number]
+        kept = self._config._benchmarksession.benchmarks  # type: ignore[attr-defined]
+        dropped = [each.stats for each in measured if each is not counted]
+        kept[:] = [each for each in kept if each not in dropped]
+        judgement = Judgement(
+            medians_s[number], baseline, self._tolerance, counted.others_share, medians_s
+        )
+        self._judged[name] = judgement
+        counted.stats.extra_info |= {
+            "verdict": judgement.verdict,
+            "others_share": round(counted.others_share, 3),
+            "medians_s": medians_s,
+        }
+        if judgement.verdict == SLOWER:
+            pytest.fail(f"slower: {judgement}", pytrace=False)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Save what was measured; what failed a check of its own has no place there."""
@@ -180,12 +243,16 @@ class Benchmarks:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Each benchmark beside its saved median."""
-        if not self._judged:
+        unsure = [name for name in self._measured if name not in self._judged]
+        if not (self._judged or unsure):
             return
         terminalreporter.section("compared with saved runs")
         for name, judged in self._judged.items():
             short = name.removeprefix(f"{FOLDER.as_posix()}/")
             terminalreporter.write_line(f"{short}: {judged.verdict}: {judged}")
+        for name in unsure:
+            short = name.removeprefix(f"{FOLDER.as_posix()}/")
+            terminalreporter.write_line(f"{short}: was to be measured again; not saved")
         slower = [judged for judged in self._judged.values() if judged.verdict == SLOWER]
         if slower:
             terminalreporter.write_line(

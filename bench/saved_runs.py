@@ -4,6 +4,10 @@ A run is a file ``STORAGE/<machine id>/NNNN_<commit>.json`` in pytest-benchmark'
 that its tools read it too. Each benchmark in it carries a verdict. What a new median is held
 against is the newest saved result of that benchmark on the same machine that was not itself found
 slower: a slow run is kept, but never becomes what later ones are measured by.
+
+A machine whose processors others share has slow and fast spells of some seconds, in which medians
+were seen to move by 15 % and more. So a change, whichever way, is believed only where several
+measurements that lie apart agree on it: see `counting`.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,8 @@ PASSED = "passed"
 SLOWER = "slower"
 VERDICTS = (FIRST, PASSED, SLOWER)
 
+MEASUREMENTS = 3
+"""Of a benchmark whose first did not give the saved median again, or that has none."""
 BUSY_SHARE = 0.1
 """Of the processors, what others may use before a result says so."""
 
@@ -52,6 +58,8 @@ class Judgement:
     """Share of the saved median by which the new one may be above it."""
     others_share: float = 0.0
     """Of the machine's processors, what other programs used meanwhile."""
+    medians_s: Sequence[float] = ()
+    """Of all measurements in their order; `median_s` is the one that counts."""
 
     @property
     def verdict(self) -> str:
@@ -67,21 +75,45 @@ class Judgement:
 
     def __str__(self) -> str:
         if self.baseline is None:
-            return f"{shown(self.median_s)}, nothing saved to compare with{self._beside}"
+            return f"{shown(self.median_s)}, nothing saved to compare with{self._aside}"
         assert self.change is not None
         side = "slower" if self.change > 0 else "faster"
         allowed = f", allowed are {100 * self.tolerance:g}%" * (self.verdict == SLOWER)
         return (
             f"{shown(self.median_s)} is {abs(self.change):.1%} {side} than "
-            f"{shown(self.baseline.median_s)} of {self.baseline.file}{allowed}{self._beside}"
+            f"{shown(self.baseline.median_s)} of {self.baseline.file}{allowed}{self._aside}"
         )
 
     @property
-    def _beside(self) -> str:
-        if self.others_share <= BUSY_SHARE:
-            return ""
-        again = ": measure again on an idle machine" * (self.verdict == SLOWER)
-        return f"; other programs used {self.others_share:.0%} of the processors meanwhile{again}"
+    def _aside(self) -> str:
+        text = ""
+        if len(self.medians_s) > 1:
+            text += f"; measured: {', '.join(map(shown, self.medians_s))}"
+        if self.others_share > BUSY_SHARE:
+            text += f"; other programs used {self.others_share:.0%} of the processors meanwhile"
+            text += ": measure again on an idle machine" * (self.verdict == SLOWER)
+        return text
+
+
+def counting(medians_s: Sequence[float], baseline: Baseline | None, tolerance: float) -> int | None:
+    """Which of a benchmark's measurements counts, once there are enough of them.
+
+    One is enough if it is within the tolerance of the saved median, above or below. Of
+    `MEASUREMENTS` the nearest to it counts, so that only what all of them show is a change; where
+    nothing is saved, the middle one.
+
+    Returns:
+        Its position, or None: measure again.
+    """
+    numbers = range(len(medians_s))
+    if baseline is None:
+        in_order = sorted(numbers, key=medians_s.__getitem__)
+        return in_order[len(in_order) // 2] if len(medians_s) >= MEASUREMENTS else None
+    apart = [abs(math.log(each / baseline.median_s)) for each in medians_s]
+    nearest = min(numbers, key=apart.__getitem__)
+    lowest, highest = baseline.median_s / (1 + tolerance), baseline.median_s * (1 + tolerance)
+    is_near = lowest <= medians_s[nearest] <= highest
+    return nearest if is_near or len(medians_s) >= MEASUREMENTS else None
 
 
 def shown(seconds: float) -> str:

@@ -8,13 +8,25 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import turbo.engine  # noqa: F401  (kept imported: a run in this process forgets what it imports)
+from bench import pytest_benchmarks
 from bench.machine import describe_machine, machine_id
 from bench.processor_time import ProcessorTime
-from bench.saved_runs import SLOWER, Baseline, Judgement, SavedRuns, shown
+from bench.pytest_benchmarks import APART_S
+from bench.saved_runs import (
+    MEASUREMENTS,
+    SLOWER,
+    Baseline,
+    Judgement,
+    SavedRuns,
+    counting,
+    shown,
+)
 from tests.conftest import REPOSITORY
 
 pytest_plugins = ["pytester"]
@@ -40,15 +52,17 @@ import json, pathlib
 import fake_clock
 
 SECONDS = json.loads(pathlib.Path("seconds.json").read_text())
+measurements = iter(SECONDS["planted"])
+right = iter(SECONDS["right"])
 
 def test_steady(benchmark):
     benchmark.pedantic(fake_clock.work, args=(1.0,), rounds=5)
 
 def test_planted(benchmark):
-    times = iter(SECONDS["planted"])
+    times = iter(next(measurements))
     benchmark.extra_info["stage1"] = 0.25
     benchmark.pedantic(lambda: fake_clock.work(next(times)), rounds=5)
-    assert SECONDS["right"]
+    assert next(right)
 """
 OTHER = """
 def test_other():
@@ -75,12 +89,15 @@ class Project:
     def run(
         self,
         *arguments: str,
-        planted: float = 1.0,
+        planted: float | list[float] = 1.0,
         times: list[float] | None = None,
-        right: bool = True,
+        right: list[bool] | None = None,
         flag: str = "--benchmark",
     ) -> pytest.RunResult:
-        seconds = {"planted": times or [planted] * 5, "right": right}
+        """`planted`: seconds of the second benchmark, of each measurement; `times`: of rounds."""
+        each = planted if isinstance(planted, list) else [planted] * MEASUREMENTS
+        rounds = [times or [one] * 5 for one in each]
+        seconds = {"planted": rounds, "right": right or [True] * MEASUREMENTS}
         (self.pytester.path / "seconds.json").write_text(json.dumps(seconds))
         plugins = ("bench.pytest_benchmarks", "no:hypothesispytest", "no:anyio")
         named = [word for plugin in plugins for word in ("-p", plugin)]
@@ -95,6 +112,17 @@ class Project:
     def saved(self) -> list[Path]:
         return sorted(self.folder.glob("*.json"))
 
+    def entry(self, number: int, name: str = "test_planted") -> dict[str, Any]:
+        """A benchmark of a saved run."""
+        entries = json.loads(self.saved()[number].read_text())["benchmarks"]
+        found: dict[str, Any] = {each["name"]: each for each in entries}[name]
+        return found
+
+    def median_s(self, number: int) -> float:
+        """Of the second benchmark in a saved run."""
+        median_s: float = self.entry(number)["stats"]["median"]
+        return round(median_s, 6)
+
     def verdicts(self, number: int) -> dict[str, str]:
         """Benchmark -> what a saved run says about it."""
         entries = json.loads(self.saved()[number].read_text())["benchmarks"]
@@ -106,6 +134,15 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests may run side by side, the runs that they start are by themselves."""
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long was waited between two measurements, which these tests do not."""
+    seconds: list[float] = []
+    fake = SimpleNamespace(sleep=seconds.append, monotonic=lambda: 100.0)
+    monkeypatch.setattr(pytest_benchmarks, "time", fake)
+    return seconds
 
 
 @pytest.fixture
@@ -137,6 +174,65 @@ def test_the_median_counts_and_not_one_slow_round(project: Project):
     assert project.run(times=[1.0, 1.2, 1.2, 1.2, 1.0]).ret == 1
 
 
+def test_a_slow_spell_of_the_machine_is_no_slowdown(project: Project, naps: list[float]):
+    project.run()
+    naps.clear()
+    result = project.run(planted=[1.2, 1.05])
+    assert result.ret == 0
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(
+        [
+            "*::test_planted AGAIN*",
+            "*::test_planted PASSED*",
+            "*test_planted: passed: 1.05 s is 5.0% slower than 1 s of *; measured: 1.2 s, 1.05 s",
+            "*2 passed, 1 remeasured*",
+        ]
+    )
+    assert naps == [APART_S]
+    entry = project.entry(1)
+    assert (project.median_s(1), entry["stats"]["rounds"]) == (1.05, 5)
+    assert entry["extra_info"]["medians_s"] == pytest.approx([1.2, 1.05])
+
+
+def test_a_slowdown_is_what_all_measurements_show(project: Project):
+    project.run()
+    result = project.run(planted=[1.3, 1.12, 1.2])
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*slower: 1.12 s is 12.0% slower*measured: 1.3 s, 1.12 s, 1.2 s*"])
+    assert project.median_s(1) == 1.12
+
+
+def test_a_fast_spell_of_the_machine_does_not_become_what_is_compared_with(project: Project):
+    project.run()
+    assert project.run(planted=[0.7, 0.75, 1.02]).ret == 0
+    assert project.median_s(1) == 1.02
+    assert project.run(planted=[0.8, 0.7, 0.75]).ret == 0
+    assert project.median_s(2) == 0.8
+
+
+def test_of_a_first_run_the_middle_measurement_counts(project: Project):
+    project.run(planted=[0.7, 1.3, 1.0])
+    assert project.median_s(0) == 1.0
+    assert project.run(planted=[1.05]).ret == 0
+
+
+def test_a_check_that_fails_when_measured_again_leaves_no_number(project: Project):
+    project.run()
+    result = project.run(planted=[1.2, 1.0], right=[True, False])
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.no_fnmatch_line("*to be measured again*")
+    assert project.verdicts(1) == {"test_steady": "passed"}
+
+
+def test_a_run_that_ends_before_all_is_measured_again_says_so(project: Project):
+    text = "def test_wrong(benchmark):\n    assert 1 == 2\n"
+    (project.pytester.path / "tests" / "benchmarks" / "test_wrong.py").write_text(text)
+    result = project.run("-x")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["test_one.py::test_planted: was to be measured again; not saved"])
+    assert not project.saved()
+
+
 @pytest.mark.parametrize(("tolerance", "code"), [("2", 1), ("30", 0), ("0", 1)])
 def test_the_tolerance_is_a_percentage(project: Project, tolerance: str, code: int):
     project.run()
@@ -149,8 +245,8 @@ def test_a_first_run_says_so_and_passes(project: Project):
     result.stdout.fnmatch_lines(
         [
             f"benchmark: 2 benchmarks of tests/benchmarks on *machine {describe_machine()['id']}*",
-            "benchmark: no earlier run of this machine to compare with: all pass",
-            "*test_planted: first: 1 s, nothing saved to compare with",
+            "benchmark: no earlier run of this machine: all are measured 3 times and pass",
+            "*test_planted: first: 1 s, nothing saved to compare with; measured: 1 s, 1 s, 1 s",
             "saved as .benchmarks/*/0001_*.json",
         ]
     )
@@ -192,7 +288,7 @@ def test_a_run_of_one_benchmark_hides_no_other_from_the_next(project: Project):
 
 def test_a_benchmark_whose_check_fails_leaves_no_number(project: Project):
     project.run()
-    result = project.run(planted=0.1, right=False)
+    result = project.run(planted=0.1, right=[False])
     result.assert_outcomes(passed=1, failed=1)
     assert project.verdicts(1) == {"test_steady": "passed"}
     assert project.run(planted=1.0).ret == 0
@@ -225,7 +321,7 @@ def test_runs_of_another_machine_are_ignored_and_said(project: Project):
     result = project.run(planted=1.0)
     assert result.ret == 0
     result.stdout.fnmatch_lines(
-        ["benchmark: 1 saved runs of another machine (another): ignored", "*all pass"]
+        ["benchmark: 1 saved runs of another machine (another): ignored", "*times and pass"]
     )
 
 
@@ -358,6 +454,35 @@ def test_the_flag_is_known_in_this_repository(command: str):
 )
 def test_the_limit_itself_still_passes(median_s: float, verdict: str):
     assert Judgement(median_s, Baseline(1.0, "a"), 0.1).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("medians_s", "number"),
+    [
+        ([1.0], 0),
+        ([1.1], 0),
+        ([1 / 1.1], 0),
+        ([1.11], None),
+        ([0.9], None),
+        ([0.9, 1.2], None),
+        ([0.9, 1.2, 1.05], 2),
+        ([0.9, 1.2, 1.3], 0),
+        ([1.5, 1.2, 1.3], 1),
+    ],
+)
+def test_of_all_measurements_the_nearest_to_the_saved_one_counts(
+    medians_s: list[float], number: int | None
+):
+    assert counting(medians_s, Baseline(1.0, "a"), 0.1) == number
+
+
+@pytest.mark.parametrize(
+    ("medians_s", "number"), [([1.0], None), ([1.0, 1.0], None), ([3.0, 1.0, 2.0], 2)]
+)
+def test_with_nothing_saved_the_middle_of_all_measurements_counts(
+    medians_s: list[float], number: int | None
+):
+    assert counting(medians_s, None, 0.1) == number
 
 
 @pytest.mark.parametrize(

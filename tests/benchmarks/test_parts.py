@@ -24,7 +24,7 @@ TOKENS = 64
 """Of a caption."""
 PROMPT = "a lighthouse on a cliff at dawn"
 FIRST, SECOND, THIRD = DEFAULT_PLAN.stages
-ROUNDS = {FIRST: 21, SECOND: 9, THIRD: 5}
+ROUNDS = {FIRST: 51, SECOND: 25, THIRD: 7}
 
 pytestmark = pytest.mark.benchmark(group="parts")
 
@@ -66,7 +66,7 @@ def test_a_prompt(timed: Timed, engine: Engine, benchmark: Any):
     require_near_float64(engine, pipeline.encode_ids(models, ids), reference)
 
     benchmark.extra_info["tokens"] = len(ids)
-    timed(lambda: pipeline.encode_prompt(models, PROMPT), 51)
+    timed(lambda: pipeline.encode_prompt(models, PROMPT), 501)
 
 
 def test_a_decode(timed: Timed, engine: Engine, benchmark: Any):
@@ -108,7 +108,7 @@ def test_a_check_of_the_step_cache(timed: Timed, engine: Engine):
     assert torch.equal(output, 2 * latent)
 
     cache = skipping(engine, threshold=1e6)
-    _, skipped = timed(lambda: check(cache), 101)
+    _, skipped = timed(lambda: check(cache), 2001)
     assert skipped
 
 
@@ -125,7 +125,7 @@ def test_a_latent_upscale(timed: Timed, engine: Engine):
     larger = F.interpolate(latent.double(), size=size(THIRD), mode="nearest-exact")
     reference = sigma * noise.double() + (1 - sigma) * (larger - SHIFT) * SCALE
     torch.testing.assert_close(start().double(), reference, rtol=1e-5, atol=1e-5)
-    timed(start, 101)
+    timed(start, 2001)
 
 
 def write_lora(path: Path, engine: Engine, seed: int) -> dict[str, Tensor]:
