@@ -2,7 +2,8 @@
 
 Both sides run in this run, alternating, so that a busy machine slows both; a ratio is the median
 of the rounds' own ratios. Sides marked *best* are each program's fastest setting. Pictures are
-compared too: a side whose picture is another one gets no figures.
+compared too: a side whose picture is another one gets no figures. All sides calculate in the same
+dtype; with ``--best-dtype`` the fastest settings are measured in a lower one as well.
 """
 
 from __future__ import annotations
@@ -72,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
         "--cold-start", action="store_true", help="also time a process of turbo's to its picture"
     )
     comfyui = parser.add_argument_group("comfyui")
+    parser.add_argument(
+        "--best-dtype",
+        choices=("bfloat16", "float16"),
+        help="measure the fastest settings in this too, as approximate (diffusers, comfyui)",
+    )
     comfyui.add_argument("--comfyui-url", metavar="URL", help="a running server")
     comfyui.add_argument("--comfyui-dir", type=Path, metavar="DIR", help="an installation to start")
     comfyui.add_argument(
@@ -88,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
 def _require_rival(options: argparse.Namespace) -> None:
     """Say what is missing before a model is loaded."""
     baseline = options.baseline
+    if options.best_dtype and baseline not in ("comfyui", "diffusers"):
+        raise BadInputError(f"--best-dtype needs --baseline comfyui or diffusers, got {baseline}")
     if options.output is not None and Path(baseline).resolve() == options.output.resolve():
         raise BadInputError(f"-o {options.output} is the baseline, which it would replace")
     if options.comfyui_url and (options.comfyui_dir or options.comfyui_command):
@@ -136,11 +144,18 @@ def _diffusers_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
             "diffusers runs here on turbo's own weights, which are in 8 bits; give --quantize none"
         )
     exact = subject.without_easycache()
-    sides = [*_turbo_sides(subject, exact)]
-    sides += [
+    lower = _in_best_dtype(subject)
+    warm_up = subject.warm_up_requests()
+    sides = [
+        *_turbo_sides(subject, exact),
         DiffusersSide(subject.loaded, exact),
-        DiffusersSide(subject.loaded, exact, compiled=True, warm_up=subject.warm_up_requests()),
+        DiffusersSide(subject.loaded, exact, compiled=True, warm_up=warm_up),
     ]
+    if lower is not None:
+        sides += [
+            _turbo_in_best_dtype(lower, exact),
+            DiffusersSide(lower.loaded, exact, compiled=True, warm_up=warm_up, approximate=True),
+        ]
     if subject.has_easycache:
         plan, fastest = subject.plan, _fastest(subject)
         sides.append(turbo_side(subject, "turbo, EasyCache", plan, fastest))
@@ -167,7 +182,9 @@ def _comfyui_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
         launch=None if options.comfyui_url else launch,
         approximate=subject.has_easycache,
     )
-    return [*_turbo_sides(subject, subject.plan), rival]
+    lower = _in_best_dtype(subject)
+    sides = [*_turbo_sides(subject, subject.plan), rival]
+    return sides if lower is None else [*sides, _turbo_in_best_dtype(lower, subject.plan)]
 
 
 def _single_stage_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
@@ -208,6 +225,21 @@ def _turbo_sides(subject: Subject, plan: Plan) -> list[Side]:
         turbo_side(subject, "turbo", plan, SpeedUps()),
         turbo_side(subject, "turbo, compiled", plan, _fastest(subject), best=True),
     ]
+
+
+def _in_best_dtype(subject: Subject) -> Subject | None:
+    """The same model once more, if the fastest settings are to be measured in another dtype."""
+    options = subject.options
+    if options.best_dtype is None:
+        return None
+    if str(subject.models.dtype) == f"torch.{options.best_dtype}":
+        raise BadInputError(f"--best-dtype {options.best_dtype} is what all sides calculate in")
+    return Subject.load(argparse.Namespace(**{**vars(options), "dtype": options.best_dtype}))
+
+
+def _turbo_in_best_dtype(subject: Subject, plan: Plan) -> Side:
+    name = f"turbo, compiled, {subject.options.best_dtype}"
+    return turbo_side(subject, name, plan, _fastest(subject), best=True, approximate=True)
 
 
 def _fastest(subject: Subject) -> SpeedUps:

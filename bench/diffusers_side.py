@@ -41,10 +41,10 @@ class DiffusersSide:
         warm_up: Made before the first picture if it compiles: a request for every pair of padded
             prompt lengths that the first picture does not have and a later one will.
         backend: PyTorch's compiler.
+        approximate: Whether the model's dtype is lower than that of the others; it is named then.
     """
 
     in_process = True
-    approximate = False
 
     def __init__(
         self,
@@ -54,9 +54,13 @@ class DiffusersSide:
         compiled: bool = False,
         warm_up: Sequence[Request] = (),
         backend: str = "inductor",
+        approximate: bool = False,
     ) -> None:
         self.name = "diffusers, compiled" if compiled else "diffusers"
+        if approximate:
+            self.name += f", {str(loaded.engine.models.dtype).removeprefix('torch.')}"
         self.best = compiled
+        self.approximate = approximate
         self.part = ""
         self._loaded = loaded
         self._stages = tuple(replace(s, easycache=None) for s in plan.resolved().stages)

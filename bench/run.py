@@ -63,15 +63,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def turbo_side(
-    subject: Subject, name: str, plan: Plan, speed_ups: SpeedUps, *, best: bool = False
+    subject: Subject,
+    name: str,
+    plan: Plan,
+    speed_ups: SpeedUps,
+    *,
+    best: bool = False,
+    approximate: bool = False,
 ) -> TurboSide:
-    """turbo on a subject's model; approximate where its plan leaves network calls out."""
+    """turbo on a subject's model; approximate also where its plan leaves network calls out."""
     return TurboSide(
         name,
         subject.loaded,
         plan,
         speed_ups,
-        approximate=any(stage.easycache for stage in plan.resolved().stages),
+        approximate=approximate or any(stage.easycache for stage in plan.resolved().stages),
         best=best,
         buckets=subject.buckets(),
     )
