@@ -279,7 +279,7 @@ class Comparison:
         }
         entry["overhead_share"] = self._overhead(side, last)
         if self._arithmetic is not None:
-            entry |= self._shares(rounds)
+            entry |= self._shares(side, rounds)
 
     def _overhead(self, side: Side, last: Round) -> float | None:
         """Share of a picture's time that its clocks take: how many, times what one costs here."""
@@ -290,8 +290,11 @@ class Comparison:
             self._say(f"{side.name}: taking times took {share:.1%} of the time")
         return share
 
-    def _shares(self, rounds: Sequence[Round]) -> dict[str, Any]:
-        """Arithmetic of each part, and the share of the limit, each round by its own calls."""
+    def _shares(self, side: Side, rounds: Sequence[Round]) -> dict[str, Any]:
+        """Arithmetic of each part, and the share of the limit, each round by its own calls.
+
+        The limit is that of the first side's dtype; one that says it has another has no share.
+        """
         assert self._arithmetic is not None
         limit = self._results.data.get("limit", {}).get("tflop_per_s")
         counted = [
@@ -300,7 +303,7 @@ class Comparison:
         ]
         parts = [part for part in counted[-1] if all(part in one.seconds for one in rounds)]
         tflop = {part: counted[-1][part] / 1e12 for part in parts}
-        if not limit:
+        if not limit or self._dtype_of(side) not in (None, self._dtype_of(self._leader)):
             return {"tflop": tflop}
         shares = {
             part: statistics.median(
@@ -310,6 +313,9 @@ class Comparison:
             for part in parts
         }
         return {"tflop": tflop, "share_of_limit": shares}
+
+    def _dtype_of(self, side: Side) -> Any:
+        return self._entries[side.name].get("settings", {}).get("dtype")
 
     def _measure_limit(self) -> None:
         if self._limit is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,21 @@ def test_the_faster_limit_counts_and_one_that_is_exceeded_is_withheld(
     )
     assert found["sides"]["ours"].get("share_of_limit") == shares
     assert ("withheld" in found["limit"]) == (shares is None)
+
+
+def test_a_side_of_another_dtype_has_no_share_of_the_limit(monkeypatch: pytest.MonkeyPatch):
+    sides = [FakeSide("ours"), FakeSide("theirs"), FakeSide("lower", lambda n: 0.1)]
+    for side, dtype in zip(sides, ({"dtype": "float32"}, {}, {"dtype": "bfloat16"})):
+        monkeypatch.setattr(side, "settings", partial(dict, dtype))
+    found = compare(
+        sides,
+        arithmetic=lambda asked, made: {"total": 1e12},
+        limit=lambda: {"tflop_per_s": 2.0},
+    )
+    shares = {name: side.get("share_of_limit") for name, side in found["sides"].items()}
+    assert shares == {"ours": {"total": 0.5}, "theirs": {"total": 0.5}, "lower": None}
+    assert found["sides"]["lower"]["tflop"] == {"total": 1.0}
+    assert "withheld" not in found["limit"]
 
 
 # ---------------------------------------------------------------- an earlier run as a side

@@ -268,6 +268,43 @@ def test_unknown_sides_and_baselines_are_refused_with_the_known_ones(
     )
 
 
+def test_the_fastest_settings_are_measured_in_a_lower_dtype_as_well(
+    plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(compare, "_fastest", lambda subject: SpeedUps())  # compiles nothing here
+    path, lower = tmp_path / "a.json", "turbo, compiled, bfloat16"
+    given = ["--plan", str(plan_file), "--baseline", "diffusers", "--best-dtype", "bfloat16"]
+    assert compare.main([*given, "--rounds", "1", "--only", lower, "-o", str(path)]) == 0
+    kept = json.loads(path.read_text())
+    assert [*kept["sides"]] == ["turbo", lower]
+    side = kept["sides"][lower]
+    assert (side["best"], side["approximate"]) == (True, True)
+    assert side["settings"]["dtype"] == "bfloat16"
+    assert kept["sides"]["turbo"]["settings"]["dtype"] == "float32"
+    assert kept["ratios"][f"turbo / {lower}"]["total"]["pairs"] == 1
+    assert not kept["pictures"][f"{lower} / turbo"][-1]["identical"]
+
+
+def test_diffusers_names_a_dtype_that_the_others_do_not_have(model: Path):
+    lower = LoadedModel.load(model, device="cpu", dtype=torch.bfloat16)
+    side = DiffusersSide(lower, EXACT, compiled=True, approximate=True)
+    assert (side.name, side.approximate) == ("diffusers, compiled, bfloat16", True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--baseline", "sdcpp"], "needs --baseline comfyui or diffusers, got sdcpp"),
+        (["--baseline", "diffusers", "--dtype", "bfloat16"], "is what all sides calculate in"),
+    ],
+)
+def test_a_lower_dtype_that_cannot_be_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert compare.main([*arguments, "--best-dtype", "bfloat16"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_process_to_its_picture_is_timed(plan_file: Path):
     options = Namespace(
         prompt="a", negative="b", seed=1, device="cpu", dtype="auto", model=None, tokenizer=None,
