@@ -28,6 +28,7 @@ from bench.side import MissingRivalError, Side, SideError
 from turbo.acceleration import SpeedUps
 from turbo.errors import BadInputError
 from turbo.plan import Plan
+from turbo.samplers import SAMPLERS
 
 SINGLE_STAGE = ("sdcpp", "sglang")
 RIVALS = ("comfyui", "diffusers", *SINGLE_STAGE)
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         more = {"cold_start": {"turbo": cold_start(options)}} if options.cold_start else {}
         subject = Subject.load(options)
         if options.baseline in SINGLE_STAGE:
-            subject = replace(subject, plan=subject.without_easycache().single_stage())
+            single = subject.without_easycache().single_stage()
+            subject = replace(subject, plan=without_drawn_noise(single))
         sides = _sides(subject, given)
         return measured(subject, "compare", given, sides, more=more)
 
@@ -89,6 +91,24 @@ def _parser() -> argparse.ArgumentParser:
     others.add_argument("--sdcpp", metavar="FILE", help="stable-diffusion.cpp's program")
     others.add_argument("--sglang-url", metavar="URL", help="a server of its images API")
     return parser
+
+
+def without_drawn_noise(plan: Plan) -> Plan:
+    """The plan with ``euler`` where a sampler draws noise between its steps.
+
+    Of a rival that draws its own no picture could be compared.
+    """
+    stages = tuple(
+        stage if SAMPLERS[stage.sampler].noise is None else replace(stage, sampler="euler")
+        for stage in plan.stages
+    )
+    for stage, other in zip(plan.stages, stages):
+        if stage != other:
+            line = (
+                f"{stage.name} runs with euler: {stage.sampler} draws noise, each program its own"
+            )
+            print(line, file=sys.stderr)
+    return replace(plan, stages=stages)
 
 
 def _require_rival(options: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from bench.side import Request, Round, SideError
 from bench.turbo_side import LoadedModel, TurboSide
 from turbo.acceleration import SpeedUps
 from turbo.engine import Engine
-from turbo.plan import Plan, dump_plan
+from turbo.plan import DEFAULT_PLAN, Plan, dump_plan
 from turbo.testing import make_tiny_model
 
 EXACT = replace(
@@ -230,7 +230,7 @@ def test_a_rival_that_was_not_given_is_asked_for_in_one_line(
     assert compare.main(["--baseline", *baseline.split()]) == 2
     said = capsys.readouterr().err.splitlines()
     assert message in said[-1]
-    assert all(": starting" in line for line in said[:-1])
+    assert all(": starting" in line or " runs with euler" in line for line in said[:-1])
 
 
 @pytest.mark.parametrize(
@@ -266,6 +266,18 @@ def test_unknown_sides_and_baselines_are_refused_with_the_known_ones(
     assert "there is no side 'gimp'; --only takes 'turbo', 'turbo, compiled'" in (
         capsys.readouterr().err
     )
+
+
+def test_a_sampler_that_draws_noise_gives_way_to_euler_beside_other_programs(
+    capsys: pytest.CaptureFixture[str],
+):
+    plan = DEFAULT_PLAN.single_stage()
+    assert [stage.sampler for stage in plan.stages] == ["euler_ancestral"]
+    found = compare.without_drawn_noise(plan)
+    assert found == replace(plan, stages=(replace(plan.stages[0], sampler="euler"),))
+    assert "stage1 runs with euler: euler_ancestral draws noise" in capsys.readouterr().err
+    assert compare.without_drawn_noise(found) == found
+    assert capsys.readouterr().err == ""
 
 
 def test_the_fastest_settings_are_measured_in_a_lower_dtype_as_well(
