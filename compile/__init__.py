@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from .cache import CacheEntry, CompileCache, clear, list_entries
     from .captured import BACKENDS, Captured, capture
     from .captures import CaptureCounters, CaptureReport, Captures, Wanted
-    from .errors import CacheError, CaptureError, CompileError, InputError, SignatureError
+    from .errors import (
+        CacheError,
+        CaptureError,
+        CompileError,
+        InputError,
+        SignatureError,
+        is_out_of_memory,
+    )
     from .graph import GraphPool
     from .inductor import CompileCounts, Compiled, compile_counts, compiled
 
@@ -40,6 +47,7 @@ _HOMES = {
     "clear": "cache",
     "compile_counts": "inductor",
     "compiled": "inductor",
+    "is_out_of_memory": "errors",
     "list_entries": "cache",
 }
 
@@ -64,6 +72,7 @@ __all__ = [
     "clear",
     "compile_counts",
     "compiled",
+    "is_out_of_memory",
     "list_entries",
 ]
 

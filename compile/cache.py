@@ -370,6 +370,30 @@ class CompileCache:
                 self._folder = Path(tempfile.mkdtemp(dir=self._folder.parent))
             self._loaded = {}
 
+    def remember(self, name: str, value: Any) -> None:
+        """Keep a plain JSON value beside the code that depends on it; `save` packs it.
+
+        Args:
+            name: Letters, digits and ``-``.
+            value: Such as what was measured before the code was made.
+        """
+        with COMPILE_LOCK:
+            folder = self._open()
+            if folder is not None:
+                try:
+                    (folder / f"{name}.json").write_text(json.dumps(value))
+                except OSError as error:
+                    self._warn(f"{name} cannot be kept: {reason(error)}")
+
+    def recall(self, name: str) -> Any:
+        """What was kept under a name, here or by an earlier process; None if nothing was."""
+        with COMPILE_LOCK:
+            folder = self._open()
+            try:
+                return None if folder is None else json.loads((folder / f"{name}.json").read_text())
+            except (OSError, ValueError):
+                return None
+
     def report(self) -> CacheReport:
         with COMPILE_LOCK:
             new = self._new_files()
@@ -402,8 +426,16 @@ class CompileCache:
             self._loaded = {name: len(content) for name, content in files.items()}
         except OSError as error:
             self._warn(f"compiled code cannot be unpacked: {reason(error)}; it is compiled again")
-            self.forget()
+            self._start_anew()
         return self._folder
+
+    def _start_anew(self) -> None:
+        """Have an empty private folder, or none: half a file must not be taken for a whole one."""
+        partial, self._folder, self._loaded = self._folder, None, {}
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._folder = Path(tempfile.mkdtemp(dir=_private_folder()))
 
     def _stored(self) -> dict[str, bytes]:
         """Files of the entry at `path`; none if it is missing or not to be used."""

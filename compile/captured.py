@@ -27,7 +27,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .errors import CaptureError, CompileError, InputError, reason
+from .errors import CaptureError, CompileError, InputError, is_out_of_memory, reason
 from .graph import GraphPool, Recording, require_cuda
 from .host_reads import HostReadError, require_no_host_read
 from .signature import Signature, TensorSpec
@@ -56,17 +56,6 @@ def _results(name: str, value: object) -> tuple[Tensor, ...]:
             f"it returned {type(value).__name__}"
         )
     return results
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that memory ran out."""
-    while error is not None:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            return True
-        if "can't allocate memory" in str(error):  # PyTorch's CPU allocator raises RuntimeError
-            return True
-        error = error.__cause__
-    return False
 
 
 class _Run(Protocol):

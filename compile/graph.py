@@ -36,6 +36,7 @@ class GraphPool:
         self._handle: Any = None
         self._stream: torch.cuda.Stream | None = None
         self._last: torch.cuda.Stream | None = None
+        self._alive = 0
 
     def open(self, device: torch.device) -> tuple[Any, torch.cuda.Stream]:
         """The pool's handle and side stream, made on first use.
@@ -58,6 +59,16 @@ class GraphPool:
         Graphs that were recorded before keep theirs and stay usable.
         """
         self._handle = self._stream = None
+
+    def keep(self) -> None:
+        """A recording lives."""
+        self._alive += 1
+
+    def release(self) -> None:
+        """A recording is gone; PyTorch forgets a pool with its last graph, if memory is held."""
+        self._alive -= 1
+        if self._alive == 0:
+            self._handle = None
 
     def follow(self, device: torch.device) -> None:
         """Make the current stream wait for whatever the pool's last user enqueued."""
@@ -140,6 +151,8 @@ class Recording:
         except BaseException as error:
             self._abandon(error)
             raise
+        self._is_open = True
+        pool.keep()
 
     def _abandon(self, error: BaseException) -> None:
         if isinstance(error, torch.OutOfMemoryError):
@@ -159,5 +172,8 @@ class Recording:
         """Free the graph; its outputs live on while someone holds them."""
         torch.cuda.synchronize(self._device)
         self._graph.reset()
+        if self._is_open:
+            self._is_open = False
+            self._pool.release()
         self.result = None
         self.inputs = ()

@@ -33,7 +33,7 @@ from typing import Any, cast
 
 from .cache import COMPILE_LOCK, CompileCache
 from .captured import ordinary_tensors
-from .errors import CompileError, InputError, reason
+from .errors import CompileError, InputError, is_out_of_memory, reason
 from .host_reads import runs_uncompiled
 from .signature import Signature
 
@@ -112,7 +112,7 @@ class Compiled:
 
         Raises:
             SignatureError: They differ from those of the first call.
-            CompileError: They are the first, and compiling failed.
+            CompileError: They are the first, and compiling failed, or memory ran out meanwhile.
         """
         if runs_uncompiled():
             return self._fn(*arguments)
@@ -136,7 +136,7 @@ class Compiled:
                 result = self._compile(arguments)
                 self.is_compiled = True
             except CompileError as error:
-                if self._strict:
+                if self._strict or is_out_of_memory(error):
                     raise
                 logger.warning("%s; it runs uncompiled", error)
                 self._run = self._fn

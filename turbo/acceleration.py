@@ -37,6 +37,7 @@ from turbo.compile import (
 )
 from turbo.errors import AccelerationError, BadInputError
 from turbo.kernel_support import require_kernels
+from turbo.precision import whole_float32
 from turbo.text_encoder import RunLayer, run_layer
 from turbo.transformer import PAD_MULTIPLE, RunBlock, run_block
 
@@ -416,11 +417,19 @@ class Accelerator:
         def make() -> Callable[..., tuple[Tensor, Tensor]]:
             autoencoder = self._models.autoencoder
 
-            def decode(latent: Tensor) -> tuple[Tensor, Tensor]:
-                return pipeline.decode(autoencoder, latent)
+            def as_set(latent: Tensor) -> tuple[Tensor, Tensor]:
+                return pipeline.decode_as_set(autoencoder, latent)
 
             # On a CPU its norms work in place, strip by strip, which compiled code would not.
-            return decode if self._models.device.type == "cpu" else self._compile(str(role), decode)
+            on_cpu = self._models.device.type == "cpu"
+            run = as_set if on_cpu else self._compile(str(role), as_set)
+
+            def decode(latent: Tensor) -> tuple[Tensor, Tensor]:
+                with whole_float32(latent.device):
+                    found: tuple[Tensor, Tensor] = run(latent)
+                    return found
+
+            return decode
 
         return Wanted(role, _Lazy(make), (latent,))
 

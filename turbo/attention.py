@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ CANDIDATES = (SDPA, "cudnn", "flash", "efficient", XFORMERS)
 """What ``auto`` compares: not ``flex``, which would compile for seconds at each shape."""
 
 MARGIN = 0.05
-"""Share of the time by which another than ``sdpa`` must be faster for ``auto`` to take it.
+"""Share of the time by which a candidate must be faster than those before it to be taken.
 
 Otherwise noise would decide, and with it the last bits of a picture.
 """
@@ -181,6 +182,16 @@ class AttentionTimes:
     """Backend -> median time of one attention on the device; those that can run."""
 
 
+class ChoiceMemory(Protocol):
+    """Keeps choices for later processes, as `turbo.compile.CompileCache` does."""
+
+    def recall(self, name: str) -> Any:
+        """What was kept under a name; None if nothing."""
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keep a value."""
+
+
 def pick_attention(asked: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """What to do about `asked`: itself, and sdpa for ``auto`` where there is nothing to choose.
 
@@ -301,6 +312,7 @@ def measure_attention(
     device: torch.device,
     dtype: torch.dtype,
     candidates: Sequence[str] = CANDIDATES,
+    memory: ChoiceMemory | None = None,
 ) -> tuple[AttentionTimes, ...]:
     """Give each shape that is still open its fastest backend.
 
@@ -312,6 +324,8 @@ def measure_attention(
         device: Where the network runs; the current device if it is a CUDA device.
         dtype: What it calculates in.
         candidates: What to compare; those that cannot run are left out.
+        memory: What earlier processes chose, which is taken as it is, and where to keep the rest:
+            compiled code is of one choice, and a second measurement may come out otherwise.
 
     Returns:
         What was measured, for shapes that were open.
@@ -322,11 +336,18 @@ def measure_attention(
     can = [name for name in candidates if why_not(name, device, dtype, head_dim) is None]
     measured = []
     for batch, tokens in open_shapes:
+        name = f"attention-{batch}x{tokens}"
+        kept = None if memory is None else memory.recall(name)
+        if kept in can:
+            choice.fix(batch, tokens, kept)
+            continue
         qkv = _random_qkv(batch, tokens, heads, head_dim, device, dtype)
         timed = {name: _time(name, qkv) for name in can}
         microseconds = {name: taken for name, taken in timed.items() if taken is not None}
         chosen = _fastest(microseconds)
         choice.fix(batch, tokens, chosen)
+        if memory is not None:
+            memory.remember(name, chosen)
         measured.append(
             AttentionTimes(batch=batch, tokens=tokens, chosen=chosen, microseconds=microseconds)
         )
@@ -343,10 +364,12 @@ def _random_qkv(
 
 
 def _fastest(microseconds: Mapping[str, float]) -> str:
-    best = min(microseconds, key=lambda name: microseconds[name], default=SDPA)
-    usual = microseconds.get(SDPA)
-    is_clear = usual is None or microseconds.get(best, usual) < (1 - MARGIN) * usual
-    return best if is_clear else SDPA
+    """The first in their order that none of the later is faster than by the margin."""
+    best = next(iter(microseconds), SDPA)
+    for name, taken in microseconds.items():
+        if taken < (1 - MARGIN) * microseconds[best]:
+            best = name
+    return best
 
 
 def _time(backend: str, qkv: tuple[Tensor, ...]) -> float | None:

@@ -60,6 +60,9 @@ _LARGEST_JSON = 64 << 20
 
 _READABLE_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 NORM_GROUPS_KEY = "norm_num_groups"
+COMFYUI_NORM_GROUPS = 32
+"""Groups of an autoencoder's norms where nothing says how many."""
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.\w+$")
 """In the metadata of an autoencoder's safetensors file: groups of its norms, if not 32."""
 _FLOATS = {
     "F64": torch.float64,
@@ -431,14 +434,38 @@ def open_file(component: str, *paths: Path | str) -> Checkpoint:
     Raises:
         CheckpointError: A file is missing, damaged, of another format or of another model.
     """
+    for path in paths:
+        _require_no_lone_shard(Path(path), len(paths))
     headers = [open_header(path) for path in paths]
     config = gguf_file.gguf_config(headers[0]) if component == TEXT_ENCODER else {}
     groups = headers[0].metadata.get(NORM_GROUPS_KEY)
     if component == AUTOENCODER and groups is not None:
-        config[NORM_GROUPS_KEY] = int(groups) if groups.isdecimal() and len(groups) < 9 else groups
+        text = str(groups)
+        config[NORM_GROUPS_KEY] = int(text) if text.isdecimal() and len(text) < 9 else text
     checkpoint = _arrange(component, headers, ", ".join(str(path) for path in paths), config)
     _check_config(checkpoint, headers[0].path)
     return checkpoint
+
+
+def norm_groups(autoencoder: Checkpoint) -> int:
+    """Groups of an autoencoder's norms."""
+    return int(autoencoder.config.get(NORM_GROUPS_KEY, COMFYUI_NORM_GROUPS))
+
+
+def norm_groups_metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a component's single file has to say in its metadata, which has no other place."""
+    groups = norm_groups(checkpoint) if checkpoint.component == AUTOENCODER else COMFYUI_NORM_GROUPS
+    return {} if groups == COMFYUI_NORM_GROUPS else {NORM_GROUPS_KEY: str(groups)}
+
+
+def _require_no_lone_shard(path: Path, given: int) -> None:
+    """Refuse one of several files: what it holds may look like a whole smaller model."""
+    found = _SHARD.search(path.name)
+    if found is not None and int(found[1]) > given:
+        raise CheckpointError(
+            f"{path}: is one of {int(found[1])} files of a component; give the folder that holds "
+            "them all, with its config.json"
+        )
 
 
 def open_folder(component: str, folder: Path | str) -> Checkpoint:
@@ -787,6 +814,14 @@ def _check_config(checkpoint: Checkpoint, path: Path) -> None:
     if not isinstance(groups, int) or groups < 1:
         given = shorten(repr(groups))
         raise CheckpointError(f"{path}: norm_num_groups is {given}, must be a positive integer")
+    if checkpoint.component == TEXT_ENCODER and "num_hidden_layers" in config:
+        layers = sum(name.endswith("self_attn.q_proj.weight") for name in checkpoint.shapes)
+        if config["num_hidden_layers"] != layers:
+            given = shorten(repr(config["num_hidden_layers"]))
+            raise CheckpointError(
+                f"{path}: num_hidden_layers is {given}, but {checkpoint.label} holds {layers} "
+                "layers; a file is missing, get the component again"
+            )
     head = checkpoint.shapes.get("layers.0.attention.q_norm.weight")
     if checkpoint.component == NETWORK and head and "axes_dims" in config:
         axes = [head[0] * share / 128 for share in (32, 48, 48)]

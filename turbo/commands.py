@@ -5,7 +5,9 @@ flags, plan, output names and folder, input picture; then PyTorch is imported an
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -234,8 +236,9 @@ def quantize(args: Namespace) -> None:
 
 def convert(args: Namespace) -> None:
     """``turbo convert``: write a model in another layout of its files."""
-    from turbo.converted_files import COMFYUI_NORM_GROUPS, norm_groups, write_converted
-    from turbo.names import COMPONENT_WORDS
+    from turbo.checkpoint import COMFYUI_NORM_GROUPS, norm_groups
+    from turbo.converted_files import write_converted
+    from turbo.names import AUTOENCODER, COMPONENT_WORDS
     from turbo.progress import ProgressBar
 
     out = Path(os.path.expanduser(args.output))
@@ -248,7 +251,7 @@ def convert(args: Namespace) -> None:
         write_converted(files, out, args.layout, progress)
     if args.quiet:
         return
-    groups = norm_groups(files.open())
+    groups = norm_groups(files.open()[AUTOENCODER])
     if args.layout == "comfyui" and groups != COMFYUI_NORM_GROUPS:
         print(f"ComfyUI itself cannot read this autoencoder: it has {groups} groups in its norms, "
               f"ComfyUI always {COMFYUI_NORM_GROUPS}")  # fmt: skip
@@ -465,7 +468,7 @@ def generate(args: Namespace) -> None:
     imports = _import_seconds() if args.timings else 0.0
     # Where the model lies on this machine is no part of what a picture says about itself.
     plan = replace(plan, model=replace(DEFAULT_PLAN.model, **_precision(plan)))
-    with _progress(plan, args) as progress:
+    with _progress(plan, args) as progress, _memory_plan_told(args.quiet):
         engine = load_engine(
             paths.path,
             **paths.files,
@@ -503,6 +506,28 @@ def generate(args: Namespace) -> None:
             if args.timings and number == 1:
                 _print_timings(engine, result, imports, time.perf_counter() - begin)
             seed = (result.seed + 1) % SEED_LIMIT
+
+
+class _MemoryPlanPrinter(logging.Handler):
+    """Prints the memory plan as it is chosen, before a weight is read; not that all stays."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not getattr(record, "keeps_all", True):
+            print(f"turbo: {record.getMessage()}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _memory_plan_told(quiet: bool) -> Iterator[None]:
+    logger, handler = logging.getLogger("turbo.memory"), _MemoryPlanPrinter(logging.INFO)
+    before = logger.level
+    if not quiet:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _precision(plan: Plan) -> dict[str, str]:

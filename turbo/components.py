@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from turbo.autoencoder import Autoencoder, AutoencoderConfig
-from turbo.checkpoint import Checkpoint, check_fit
+from turbo.checkpoint import Checkpoint, check_fit, norm_groups
 from turbo.errors import CheckpointError
 from turbo.header import one_line
 from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
@@ -50,7 +50,7 @@ class Components:
             CheckpointError: No module has such shapes.
         """
         shapes = {component: checkpoint.shapes for component, checkpoint in checkpoints.items()}
-        groups = checkpoints[AUTOENCODER].config.get("norm_num_groups", 32)
+        groups = norm_groups(checkpoints[AUTOENCODER])
         network = TransformerConfig.from_shapes(shapes[NETWORK])
         text_encoder = TextEncoderConfig.from_shapes(shapes[TEXT_ENCODER])
         autoencoder = AutoencoderConfig.from_shapes(shapes[AUTOENCODER], norm_num_groups=groups)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from turbo.checkpoint import NORM_GROUPS_KEY, Checkpoint
+from turbo.checkpoint import Checkpoint, norm_groups, norm_groups_metadata
 from turbo.diffusers_folder import DIFFUSERS_FILES, diffusers_configs, write_json, write_pipeline
 from turbo.errors import BadInputError
 from turbo.model_files import COMFYUI_FOLDERS, PREFERRED_FILES, ModelFiles
@@ -20,8 +20,6 @@ from turbo.tokenizer import Tokenizer
 from turbo.whole_file import whole_folder
 
 LAYOUTS = ("comfyui", "diffusers")
-COMFYUI_NORM_GROUPS = 32
-"""Of every autoencoder that ComfyUI knows."""
 
 
 def write_converted(
@@ -63,25 +61,17 @@ def write_converted(
     return out
 
 
-def norm_groups(checkpoints: Mapping[str, Checkpoint]) -> int:
-    """Groups of the autoencoder's norms."""
-    return int(checkpoints[AUTOENCODER].config.get("norm_num_groups", COMFYUI_NORM_GROUPS))
-
-
 def _write_comfyui(
     folder: Path,
     files: ModelFiles,
     checkpoints: Mapping[str, Checkpoint],
     on_progress: Callable[[str, int, int], None],
 ) -> None:
-    groups = norm_groups(checkpoints)
     for component, checkpoint in checkpoints.items():
         path = folder / COMFYUI_FOLDERS[component][0] / PREFERRED_FILES[component]
         path.parent.mkdir()
         names = {name: (name,) for name in checkpoint.shapes}
-        is_unusual = component == AUTOENCODER and groups != COMFYUI_NORM_GROUPS
-        metadata = {NORM_GROUPS_KEY: str(groups)} if is_unusual else {}
-        _stream(path, checkpoint, names, on_progress, metadata)
+        _stream(path, checkpoint, names, on_progress, norm_groups_metadata(checkpoint))
     if files.tokenizer is not None:
         copy_tokenizer(files.tokenizer, folder / "tokenizer")
 
@@ -96,7 +86,7 @@ def _write_diffusers(
     last_token = Tokenizer.from_path(tokenizer).encode("<|im_end|>")[0]
     shapes = {component: checkpoint.shapes for component, checkpoint in checkpoints.items()}
     dtype = checkpoints[TEXT_ENCODER].float_dtype("model.embed_tokens.weight")
-    configs = diffusers_configs(shapes, dtype, last_token, norm_groups(checkpoints))
+    configs = diffusers_configs(shapes, dtype, last_token, norm_groups(checkpoints[AUTOENCODER]))
     for component, checkpoint in checkpoints.items():
         path = folder / DIFFUSERS_FILES[component]
         write_json(path.with_name("config.json"), configs[component])

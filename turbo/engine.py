@@ -11,6 +11,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -88,6 +89,8 @@ OnProgress = Callable[[str, int, int], None]
 
 CACHE_BYTES = 256 << 20
 """Of captions, and as many of modulation tables (31 MiB for the full-size third stage)."""
+SMALL_CACHE_BYTES = 64 << 20
+"""The same where weights move because there is little room."""
 WARMUP_PROMPT = "a picture that is long enough to have more tokens than the empty prompt"
 MAX_IMAGES = 1000
 
@@ -210,14 +213,16 @@ class Engine:
         self._fuser = fuser
         self._loras: tuple[LoraChoice, ...] = ()
         self._strict = strict_loras
+        small = holding is not None and holding.made.moves
+        cache_bytes = SMALL_CACHE_BYTES if small else CACHE_BYTES
         self._captions = TensorCache[tuple[str, int | None], Caption](
-            CACHE_BYTES, lambda caption: caption.tokens.nbytes
+            cache_bytes, lambda caption: caption.tokens.nbytes
         )
         self._stages = TensorCache[Stage, PreparedStage](
-            CACHE_BYTES, lambda prepared: prepared.modulation.rows.nbytes
+            cache_bytes, lambda prepared: prepared.modulation.rows.nbytes
         )
         self._noise_pool = ThreadPoolExecutor(1, "turbo-noise")
-        self._lock = threading.RLock()
+        self._lock = _lock_of(models.device)
 
     @classmethod
     def from_pretrained(
@@ -564,7 +569,7 @@ class Engine:
                 pictures = [self._picture(request, one) for one in seeds]
                 used_loras = self._fuser.describe()
                 self.accelerator.save()
-            return _Made(pictures, used_loras, self._memory.name, meter)
+            return _Made(pictures, used_loras, self.memory.name, meter)
 
         with self._lock, self._current_device():
             made = self._within_memory(make, resolved.performance.allow_fallback)
@@ -612,6 +617,7 @@ class Engine:
             head_dim=network.config.head_dim,
             device=self.models.device,
             dtype=network.compute_dtype,
+            memory=self.accelerator.cache,
         )
         if times:
             seconds["attention"] = time.perf_counter() - begin
@@ -632,7 +638,7 @@ class Engine:
         with self._on_device(models.transformer):
             prepared = [self._prepared(stage) for stage in plan.stages]
         # Where modules rest elsewhere, the device may not have room for all at once.
-        for only in [[module] for module in modules] if self._memory.moves else [modules]:
+        for only in [[module] for module in modules] if self.memory.moves else [modules]:
             with contextlib.ExitStack() as stack:
                 for module in only:
                     stack.enter_context(self._on_device(module))
@@ -781,7 +787,8 @@ class Engine:
             yield
 
     @property
-    def _memory(self) -> MemoryPlan:
+    def memory(self) -> MemoryPlan:
+        """How the weights are held now."""
         holding = self._holding
         return RESIDENT_PLAN if holding is None else holding.now or holding.made
 
@@ -791,7 +798,7 @@ class Engine:
         return RESIDENT_PLAN.modes if holding is None else holding.placement.modes
 
     def _is_tiled(self, performance: Performance) -> bool:
-        return performance.enable_vae_tiling or self._memory.is_tiled
+        return performance.enable_vae_tiling or self.memory.is_tiled
 
     def _install(self) -> None:
         """Have the accelerator stand in for parts; no graph bears weights that move."""
@@ -858,6 +865,10 @@ class Engine:
         modes = self._modes
         try:
             written = self._fuser.fuse(choices, strict=strict, make_room=make_room)
+        except BaseException:
+            if self._holding is not None and None in self._modes.values():
+                self._holding.now = None  # the next request reads what is absent
+            raise
         finally:
             if written:
                 self._captions.clear()
@@ -876,6 +887,19 @@ class Engine:
             f"the latent of {stage} is not finite in {dtype}, no picture was made; use "
             f"{'bfloat16 or float32' if dtype == 'float16' else 'float32'}, or weaker LoRAs"
         )
+
+
+_DEVICE_LOCKS: defaultdict[int, threading.RLock] = defaultdict(threading.RLock)
+
+
+def _lock_of(device: torch.device) -> threading.RLock:
+    """An engine's own lock, or on a GPU that of all its engines.
+
+    While one of them records a CUDA graph, another must not wait for the device.
+    """
+    if device.type != "cuda":
+        return threading.RLock()
+    return _DEVICE_LOCKS[torch.cuda.current_device() if device.index is None else device.index]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -116,6 +116,7 @@ def gguf_config(header: Header) -> dict[str, Any]:
 
 
 _CONFIG_KEYS = {
+    "num_hidden_layers": "block_count",
     "rope_theta": "rope.freq_base",
     "rope_type": "rope.scaling.type",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",

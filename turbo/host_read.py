@@ -22,7 +22,9 @@ class HostRead:
         if not scalar.is_cuda:
             return float(scalar)
         if self._pinned is None or self._event is None:
-            self._pinned = torch.empty(scalar.shape, dtype=scalar.dtype, pin_memory=True)
+            self._pinned = torch.empty(
+                scalar.shape, dtype=scalar.dtype, device="cpu", pin_memory=True
+            )
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._pinned.copy_(scalar, non_blocking=True)
         self._event.record(torch.cuda.current_stream(scalar.device))

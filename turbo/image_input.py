@@ -10,6 +10,7 @@ from torch import Tensor
 from turbo.autoencoder import Autoencoder
 from turbo.errors import BadInputError
 from turbo.plan import Stage
+from turbo.precision import whole_float32
 
 
 def require_picture(image: object) -> None:
@@ -42,4 +43,5 @@ def latent_of_image(
     upright = ImageOps.exif_transpose(image).convert("RGB")
     fitted = ImageOps.fit(upright, (stage.width, stage.height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255)[None]
-    return autoencoder.encode(pixels.to(device)).float()
+    with whole_float32(device):
+        return autoencoder.encode(pixels.to(device)).float()

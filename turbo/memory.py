@@ -271,17 +271,22 @@ def choose_memory(
     if free is None or weights + roomy_activations(outline, plan) <= free:
         need = MemoryNeed({}, {})
         chosen = need.plan("fast" if name == "auto" else name, device)
+        told = ""
     else:
         plans = memory_plans(count_outline(outline, plan, device), asked, device, free)
         chosen = _first_that_fits(plans, name, device, free, may_move_network)
+        needed = plans[chosen.name][1]
+        told = f", {needed / 2**30:.2f} GiB at most of {free / 2**30:.2f} that are free"
     chosen = _tiled_as_asked(chosen, asked)
     moved = [f"{part} {mode}" for part, mode in chosen.modes.items() if mode != RESIDENT]
     logger.info(
-        "memory plan %s on %s: %s%s",
+        "memory plan %s on %s: %s%s%s",
         chosen.name,
         device,
         ", ".join(moved) or "everything resident",
         ", decoded in tiles" * chosen.is_tiled,
+        told,
+        extra={"keeps_all": not moved and not chosen.is_tiled},
     )
     return chosen
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from turbo.compile import CaptureError
+from turbo.compile import is_out_of_memory as is_out_of_memory
 from turbo.errors import OutOfMemoryError
 from turbo.messages import one_line
 
@@ -20,9 +21,6 @@ _WORK = {
     "sampling": "the network ran",
     "decoding": "the picture was decoded",
 }
-
-_ALLOCATORS_WORDS = ("can't allocate memory", "CUDA error: out of memory")
-"""What an allocator on a CPU, and that of pinned memory, say in an error of no type of its own."""
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
@@ -35,18 +33,6 @@ def chain(error: BaseException) -> Iterator[BaseException]:
             seen.add(id(one))
             yield one
             waiting += [one.__cause__, one.__context__]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is that of an allocator, or was raised from one."""
-    one: BaseException | None = error
-    while one is not None:
-        if isinstance(one, OutOfMemoryError | torch.OutOfMemoryError | MemoryError):
-            return True
-        if isinstance(one, RuntimeError) and any(words in str(one) for words in _ALLOCATORS_WORDS):
-            return True
-        one = one.__cause__
-    return False
 
 
 @contextlib.contextmanager
@@ -75,6 +61,16 @@ def drop_frames(error: BaseException) -> None:
     gc.collect()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
+        _empty_pinned_cache()
+
+
+def _empty_pinned_cache() -> None:
+    """Give pinned host memory back that nothing uses; PyTorch has no public name for it yet."""
+    for name in ("_accelerator_emptyHostCache", "_host_emptyCache"):
+        empty = getattr(torch._C, name, None)
+        if empty is not None:
+            empty()
+            return
 
 
 def out_of_memory(

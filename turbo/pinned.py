@@ -72,4 +72,4 @@ def pinned_like(
 
 
 def _new_buffer(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)

@@ -19,6 +19,7 @@ from turbo.easycache import StepCache
 from turbo.errors import BadInputError
 from turbo.latent import SCALE, SHIFT, STRIDE, from_sampler, resize, start_latent, to_sampler
 from turbo.noise import BrownianNoise, ancestral_noise, start_noise
+from turbo.precision import whole_float32
 from turbo.samplers import SAMPLERS, SamplerTrace, sampler_sigmas, trace_sampler
 from turbo.sigmas import percent_to_sigma, require_falling, stage_sigmas
 from turbo.text_encoder import TextEncoder
@@ -376,7 +377,15 @@ def warm_cache(models: Models, prepared: PreparedStage) -> None:
 
 
 def decode(autoencoder: Autoencoder, latent: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Decode an outside latent.
+    """`decode_as_set`, with convolutions in float32 where the autoencoder is."""
+    with whole_float32(latent.device):
+        return decode_as_set(autoencoder, latent, **options)
+
+
+def decode_as_set(
+    autoencoder: Autoencoder, latent: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Decode an outside latent, in the precision that PyTorch is set to.
 
     Returns:
         8-bit pictures, [batch, height, width, 3], and whether all of the decoder's output was

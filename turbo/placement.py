@@ -17,10 +17,11 @@ to the next.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ AT_ONCE = 2
 
 HEEDED_S = 0.2
 """Seconds after which a wait for threads that load looks for Ctrl-C."""
+
+_Held = TypeVar("_Held")
 
 Fill = Callable[[str, Collection[str]], None]
 """Writes the weights of a component that have these native names; they are on no meta device.
@@ -337,7 +340,17 @@ class Placement:
         return loose[component]
 
     def _exchange(self, component: str, part: _Component) -> set[str]:
-        """Have a module's matrices as they are to be kept; names of those whose memory is new."""
+        """Have a module's matrices as they are to be kept; names of those whose memory is new.
+
+        If this fails, the component is absent.
+        """
+        try:
+            return self._try_to_exchange(component, part)
+        except BaseException:
+            self._leave(part)
+            raise
+
+    def _try_to_exchange(self, component: str, part: _Component) -> set[str]:
         rested = {
             (slot.owner, slot.name): parameter
             for group in part.groups
@@ -441,8 +454,11 @@ class Placement:
         self._fill(component, [name for group in groups for name in group.names])
 
     def _fetcher(self, component: str, part: _Component) -> Callable[..., None]:
+        placement, of = _weakly(self), _weakly(part)
+
         def fetch(block: nn.Module, inputs: Any) -> None:
-            ring, place = part.blocks[block]
+            self = placement()
+            ring, place = of().blocks[block]
             if not self._pins:
                 self._bring(component, [ring[place]])
                 return
@@ -484,9 +500,23 @@ class Placement:
             group.coming = None
 
 
+def _weakly(held: _Held) -> Callable[[], _Held]:
+    """For a module's hook: were it to hold what holds the module, weights would outlive both."""
+    reference = weakref.ref(held)
+
+    def get() -> _Held:
+        there = reference()
+        assert there is not None, "a module is used whose placement is gone"
+        return there
+
+    return get
+
+
 def _dropper(part: _Component) -> Callable[..., None]:
+    of = _weakly(part)
+
     def drop(block: nn.Module, inputs: Any, output: Any) -> None:
-        ring, place = part.blocks[block]
+        ring, place = of().blocks[block]
         ring[place].rest()
 
     return drop

@@ -239,8 +239,8 @@ class LoraSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Performance:
-    """Trades time for memory. Only tiling changes the picture, by little, and attention its last
-    bits.
+    """Trades time for memory. Only tiling changes the picture, by little; attention changes its
+    last bits, and so does `memory` where parts are compiled, for those that move are not.
 
     `fast` keeps everything on the device. `balanced` has the text encoder there only while it works
     and decodes in tiles. `low` has each part there only while it works, block by block where the

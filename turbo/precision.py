@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 
@@ -21,3 +24,21 @@ def arithmetic_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dt
     else:
         supported = has._is_mkldnn_fp16_supported()
     return dtype if supported else torch.float32
+
+
+@contextlib.contextmanager
+def whole_float32(device: torch.device) -> Iterator[None]:
+    """Have convolutions of float32 values calculated in float32.
+
+    cuDNN rounds their factors to TF32, which has 10 bits of mantissa, unless it is told not to.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before

@@ -9,14 +9,14 @@ ever in memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from turbo.checkpoint import Checkpoint
+from turbo.checkpoint import Checkpoint, norm_groups_metadata
 from turbo.components import Components, component_dtypes
 from turbo.errors import BadInputError, CheckpointError
 from turbo.messages import reason
@@ -89,7 +89,7 @@ class _Writer:
         places = DIFFUSERS_FOLDERS if self.is_diffusers else comfyui
         network = folder / places[NETWORK] / self._network_name(kind)
         network.parent.mkdir(parents=True)
-        self._stream(NETWORK, network, kind, matrices)
+        self._stream(NETWORK, network, {METADATA_KEY: kind}, kind, matrices)
         self._copy_config(network.parent)
         for component, path in (
             (TEXT_ENCODER, self.files.text_encoder),
@@ -114,16 +114,25 @@ class _Writer:
 
     def _keep(self, component: str, path: Path, place: Path) -> None:
         """Put a component that stays as it is at its place."""
-        if path.is_dir():
+        if path.is_dir() and self.is_diffusers:
             _copy_folder(path, place)
             return
         place.mkdir(parents=True)
-        if path == self.files.network:  # an all-in-one file, whose other parts are not wanted
-            self._stream(component, place / PREFERRED_FILES[component], None, set())
+        # Of an all-in-one file the other parts are not wanted, and ComfyUI has no folders of files.
+        if path == self.files.network or path.is_dir():
+            groups = norm_groups_metadata(self.checkpoints[component])
+            self._stream(component, place / PREFERRED_FILES[component], groups)
         else:
             _copy_file(path, place / path.name)
 
-    def _stream(self, component: str, path: Path, kind: str | None, matrices: set[str]) -> None:
+    def _stream(
+        self,
+        component: str,
+        path: Path,
+        metadata: Mapping[str, str],
+        kind: str | None = None,
+        matrices: Set[str] = frozenset(),
+    ) -> None:
         checkpoint = self.checkpoints[component]
         outline = _outline(checkpoint, kind, matrices)
         names = checkpoint.reading_order(checkpoint.shapes)
@@ -133,11 +142,11 @@ class _Writer:
                 yield from _parts(checkpoint, name, outline, kind)
                 self.on_progress(component, done, len(names))
 
-        write_streamed(path, outline, parts(), {} if kind is None else {METADATA_KEY: kind})
+        write_streamed(path, outline, parts(), metadata)
         checkpoint.release()
 
 
-def _outline(checkpoint: Checkpoint, kind: str | None, matrices: set[str]) -> Outline:
+def _outline(checkpoint: Checkpoint, kind: str | None, matrices: Set[str]) -> Outline:
     outline: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, shape in checkpoint.shapes.items():
         if kind is not None and name in matrices:

@@ -364,6 +364,39 @@ def test_no_room_to_unpack_means_compiling(
     assert not kept.is_warm
 
 
+def test_half_an_unpacked_entry_is_not_packed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    stored(tmp_path)
+    before = next(tmp_path.glob(f"*{cache.SUFFIX}")).read_bytes()
+    write, seen = Path.write_bytes, []
+
+    def half(path: Path, content: bytes) -> int:
+        seen.append(path)
+        write(path, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    kept = make(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", half)
+        with kept.active():
+            pass
+    assert "cannot be unpacked: [Errno 28] No space left" in caplog.text
+    assert not kept.is_warm
+    assert not seen[0].exists()
+    assert not kept.save()
+    assert next(tmp_path.glob(f"*{cache.SUFFIX}")).read_bytes() == before
+
+
+def test_a_value_is_kept_beside_the_code(tmp_path: Path):
+    kept = make(tmp_path)
+    assert kept.recall("attention-1x64") is None
+    kept.remember("attention-1x64", "sdpa")
+    assert kept.recall("attention-1x64") == "sdpa"
+    assert kept.save()
+    assert make(tmp_path).recall("attention-1x64") == "sdpa"
+
+
 # Two processes at once.
 
 WRITER = """

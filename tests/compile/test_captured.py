@@ -437,7 +437,8 @@ def test_calls_from_two_streams_follow_one_another(place: Place, stream: str):
             results.append(captured.fresh(x * turn))
     torch.cuda.synchronize()
     for turn, result in enumerate(results):
-        torch.testing.assert_close(result, (x @ x @ x @ x) * turn**4, rtol=1e-3, atol=1e-2)
+        y = x * turn
+        torch.testing.assert_close(result, y @ y @ y @ y)
 
 
 @pytest.mark.parametrize("place", [pytest.param("cuda-graph", marks=needs_cuda)])
@@ -457,9 +458,10 @@ def test_a_recording_that_fails_leaves_earlier_graphs_usable(place: str):
     good = capture(torch.neg, (x,), pool=pool)
 
     def fails(x: Tensor) -> Tensor:
+        y = x + 1  # of a graph without any work PyTorch warns
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("not while recording")
-        return x
+        return y
 
     with pytest.raises(CaptureError, match="not while recording"):
         capture(fails, (x,), pool=pool)

@@ -35,7 +35,11 @@ from tests.compile.places import needs_cuda
 from tests.conftest import REPOSITORY
 
 # Raised by an import inside Inductor, whatever is compiled.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+    # Inductor's advice about float32 products on a GPU, which are float32 here on purpose.
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -215,6 +219,21 @@ def test_a_compiler_that_is_switched_off_is_an_error():
         pytest.raises(CompileError, match="nothing was compiled"),
     ):
         run(torch.ones(2, 2), torch.ones(2, 2))
+
+
+def test_memory_that_runs_out_is_no_failure_of_the_compiler(monkeypatch: pytest.MonkeyPatch):
+    run = compiled(product, name="product", strict=False)
+    x = torch.ones(2, 2)
+
+    def full(arguments: tuple[Any, ...]) -> Any:
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_try_to_compile", full)
+        with pytest.raises(CompileError, match="full"):
+            run(x, x)
+    run(x, x)
+    assert run.is_compiled
 
 
 # Compiled and captured.

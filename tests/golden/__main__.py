@@ -79,7 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="a folder laid out like golden/")
     parser.add_argument("--only", default="", help="run only cases whose name contains this")
     parser.add_argument("--tokenizer", type=Path, help="folder of the real tokenizer")
-    parser.add_argument("--device", default="cpu", help="where the models run (default: cpu)")
+    parser.add_argument(
+        "--device", help="where the models run (default: cuda for --backend cuda-graph, else cpu)"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the parts by Inductor")
     parser.add_argument(
         "--backend",
@@ -97,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.folder.resolve()
     if not (folder / "weights.json").is_file():
         parser.error(f"{options.folder} is not a folder of recorded cases: weights.json is missing")
-    device = torch.device(options.device)
+    device = torch.device(options.device or ("cuda" if options.backend == "cuda-graph" else "cpu"))
     try:
         speed_ups = SpeedUps.choose(
             device,

@@ -228,7 +228,8 @@ def test_each_part_of_the_network_has_the_backend_of_its_own_number_of_tokens():
         ({"sdpa": 10.0, "cudnn": 9.0, "flash": 11.0}, "cudnn"),
         ({"sdpa": 10.0, "cudnn": 9.6}, "sdpa"),  # may be noise
         ({"sdpa": 10.0}, "sdpa"),
-        ({"cudnn": 9.0, "flash": 8.9}, "flash"),
+        ({"cudnn": 9.0, "flash": 8.9}, "cudnn"),
+        ({"sdpa": 10.0, "cudnn": 9.0, "flash": 8.9, "efficient": 8.0}, "efficient"),
         ({}, "sdpa"),
     ],
 )
@@ -249,6 +250,23 @@ def test_open_shapes_are_measured_once_with_what_can_run():
     assert all(one.microseconds[SDPA] > 0 for one in times)
     assert measure_attention(choice, shapes, **given) == ()
     assert measure_attention(AttentionChoice(SDPA), shapes, **given) == ()
+
+
+class Memory(dict[str, Any]):
+    recall = dict.get
+    remember = dict.__setitem__
+
+
+@no_cuda
+@torch.inference_mode()
+def test_what_an_earlier_process_chose_is_not_measured_again():
+    given: dict[str, Any] = {"heads": 2, "head_dim": 32, "device": CPU, "dtype": torch.float32}
+    memory = Memory({"attention-1x64": "cudnn", "attention-1x96": SDPA})  # no cudnn here
+    choice = AttentionChoice(AUTO)
+    times = measure_attention(choice, [(1, 32), (1, 64), (1, 96)], memory=memory, **given)
+    assert [one.tokens for one in times] == [32, 64]
+    assert not choice.is_open(1, 96)
+    assert memory == dict.fromkeys([f"attention-1x{tokens}" for tokens in (64, 96, 32)], SDPA)
 
 
 @torch.inference_mode()

@@ -24,10 +24,11 @@ from tools.judge_demo_model import NEGATIVES, sum_of
 from tools.judging import judge_one, outlined_share, things_of
 from tools.scenes import NEW_SHAPE, Scene, Thing
 from turbo.builtin import builtin_model
-from turbo.converted_files import norm_groups
+from turbo.checkpoint import norm_groups
 from turbo.engine import Engine
 from turbo.errors import CheckpointError
 from turbo.model_files import find_model_files
+from turbo.names import AUTOENCODER
 from turbo.plan import DEFAULT_PLAN, Plan
 from turbo.tokenizer import Tokenizer
 
@@ -123,10 +124,15 @@ def test_the_loras_figures_told_are_those_of_these_files():
     assert all(of[cell] == 0 for of in (line, ring) for cell in ("none", "trigger alone"))
     seen = " and ".join(f"{round(line['pictures'] * of['both'])}" for of in (line, ring))
     counts, right = ([negative[way][what] for way in NEGATIVES] for what in ("color", "shape"))
-    shapes = f"{100 * line['beside']['shape']:.0f} %"
+    alone = " and ".join(f"{round(line['pictures'] * of['LoRA alone'])}" for of in (line, ring))
+    shape, size, color = (
+        f"{100 * line['beside'][part]:.0f} %" for part in ("shape", "size", "color")
+    )
+    assert line["beside"]["color"] == line["beside"]["place"]
     for text in paragraphs():
         assert f"in {seen} of {line['pictures']} pictures" in text
-        assert shapes in text
+        assert f"without the word in {alone}, and in none without them" in text
+        assert f"shapes ({shape} were right), size ({size}), colour and place ({color})" in text
         assert "first stage alone" in text
         assert "in {} of {} pictures, in {} with the same scene in another colour".format(
             counts[0], negative["pictures"], counts[1]
@@ -156,7 +162,7 @@ def test_transformers_reads_the_same_tokenizer(text: str):
 
 
 def test_a_group_of_its_norms_holds_several_channels():
-    assert norm_groups(find_model_files(builtin_model()).open()) == 4
+    assert norm_groups(find_model_files(builtin_model()).open()[AUTOENCODER]) == 4
 
 
 def test_it_paints_what_is_asked_for(engine: Engine):

@@ -368,6 +368,13 @@ def test_shards_give_the_same_weights_as_one_file(has_index: bool, tmp_path: Pat
     assert all(torch.equal(loaded[name], tensors[name].float()) for name in tensors)
 
 
+def test_one_shard_alone_is_no_component(tmp_path: Path):
+    shard(tmp_path, small_network())
+    alone = tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    with pytest.raises(CheckpointError, match="is one of 2 files of a component; give the folder"):
+        open_file(NETWORK, alone)
+
+
 def test_shards_may_be_links_to_elsewhere(tmp_path: Path):
     shard(tmp_path / "blobs", small_network())
     snapshot = tmp_path / "snapshot"
@@ -452,6 +459,13 @@ def test_a_config_that_contradicts_the_model_is_refused(component, key, value, t
     edit_json(folder / "config.json", **{key: value})
     with pytest.raises(CheckpointError, match=r"config\.json: .* must be"):
         open_folder(component, folder)
+
+
+def test_a_text_encoder_with_fewer_layers_than_its_config_says_is_refused(tmp_path: Path):
+    folder = make_tiny_model(tmp_path / "m", "diffusers") / FOLDERS[TEXT_ENCODER]
+    edit_json(folder / "config.json", num_hidden_layers=36)
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers is 36, but .* holds 4 layers; a"):
+        open_folder(TEXT_ENCODER, folder)
 
 
 def test_the_config_of_transformers_5_is_understood(diffusers: Path, tmp_path: Path):

@@ -25,12 +25,13 @@ def test_scalars_are_read_in_turn(device: str, dtype: torch.dtype):
 
 @needs_cuda
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_a_read_waits_for_the_value_and_not_by_a_synchronising_call():
     read = HostRead()
     busy = torch.ones(4096, 4096, device="cuda")
     totals = []
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for value in range(1, 6):
             for _ in range(4):  # work that is still under way when the host arrives
                 busy = busy @ busy / 4096

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import turbo.engine
 from tests.turbo.test_engine import PLAN, bits, load
-from turbo import pipeline, placement
+from turbo import cli, pipeline, placement
 from turbo.checkpoint import Checkpoint
 from turbo.engine import Engine, Result
 from turbo.errors import BadInputError, CheckpointError, OutOfMemoryError
@@ -42,7 +42,7 @@ from turbo.placement import (
     _on_stream_of_caller,
     blocks_of,
 )
-from turbo.plan import Performance
+from turbo.plan import Performance, dump_plan
 from turbo.testing import make_tiny_model
 
 ALL_STREAMED = MemoryPlan(
@@ -186,6 +186,19 @@ def test_the_plan_that_was_chosen_is_one_line_in_the_log(
         load(model, memory="balanced")
     lines = [line for line in caplog.messages if line.startswith("memory plan")]
     assert lines == ["memory plan balanced on cpu: text_encoder streamed, decoded in tiles"]
+
+
+@pytest.mark.parametrize(("memory", "quiet"), [("fast", 0), ("balanced", 0), ("balanced", 1)])
+def test_the_command_tells_a_plan_that_moves_weights_before_it_loads(
+    memory: str, quiet: int, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(dump_plan(PLAN))
+    given = ["generate", "a cat", "--model", str(model), "--memory", memory, "--device", "cpu"]
+    given += ["--plan", str(plan), "-o", str(tmp_path / "a.png")]
+    assert cli.main([*given, *["--quiet"] * quiet]) == 0
+    line = "turbo: memory plan balanced on cpu: text_encoder streamed, decoded in tiles\n"
+    assert (line in capsys.readouterr().err) == (memory == "balanced" and not quiet)
 
 
 # What fits.
@@ -374,7 +387,7 @@ def test_only_one_retry_is_made(model: Path, want: list[str], monkeypatch: pytes
         with pytest.raises(OutOfMemoryError, match="with memory 'balanced'; use memory 'low'"):
             engine.generate("a cat", seed=7)
     assert bits(engine.generate("a cat", seed=7)) == want
-    assert engine._memory.modes[TEXT_ENCODER] == RESIDENT
+    assert engine.memory.modes[TEXT_ENCODER] == RESIDENT
 
 
 def fail_always(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:

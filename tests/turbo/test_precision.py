@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turbo.precision import arithmetic_dtype
+from turbo.precision import arithmetic_dtype, whole_float32
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
@@ -31,3 +31,13 @@ def test_wide_dtypes_stay(dtype, monkeypatch):
 def test_this_processor_is_asked():
     assert arithmetic_dtype(torch.bfloat16, "cpu") in (torch.bfloat16, torch.float32)
     assert arithmetic_dtype(torch.float16, "cpu") in (torch.float16, torch.float32)
+
+
+def test_convolutions_on_a_gpu_are_in_float32_for_a_while_only():
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    with whole_float32(torch.device("cpu")):
+        assert convolutions.fp32_precision == before
+    with whole_float32(torch.device("cuda")):
+        assert convolutions.fp32_precision == "ieee"
+    assert convolutions.fp32_precision == before

@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from turbo.compile import compiled
 
-from turbo.checkpoint import load_weights, open_file
+from turbo.builtin import builtin_model
+from turbo.checkpoint import load_weights, norm_groups, open_file
 from turbo.cli import main
+from turbo.converted_files import write_converted
 from turbo.engine import Engine
 from turbo.errors import BadInputError, CheckpointError, SaveError
 from turbo.model_files import find_model_files
-from turbo.names import NETWORK
+from turbo.names import AUTOENCODER, NETWORK
 from turbo.plan import QUANTIZE, Plan, Stage
 from turbo.quantize import (
     QUANTIZATIONS,
@@ -394,6 +396,22 @@ def test_both_layouts_are_kept_and_make_the_same_picture(tmp_path: Path, layout:
     out = write_quantized(files, tmp_path / "out", "fp8")
     assert find_model_files(out).layout == layout
     assert pixels(load(out)) == pixels(load(tmp_path / "model", "fp8"))
+
+
+def test_component_folders_become_files_beside_a_single_network_file(tmp_path: Path) -> None:
+    files = find_model_files(builtin_model())
+    single = write_converted(files, tmp_path / "single", "comfyui")
+    mixed = find_model_files(
+        diffusion_model=next((single / "diffusion_models").iterdir()),
+        text_encoder=files.text_encoder,
+        vae=files.vae,
+        tokenizer=files.tokenizer,
+    )
+    out = write_quantized(mixed, tmp_path / "out", "int8")
+    written = find_model_files(out)
+    assert written.text_encoder.is_file()
+    assert norm_groups(written.open()[AUTOENCODER]) == 4
+    assert pixels(load(out)) == pixels(load(builtin_model(), "int8"))
 
 
 def test_an_all_in_one_checkpoint_is_taken_apart(model: Path, tmp_path: Path) -> None:

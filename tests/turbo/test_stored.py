@@ -33,7 +33,7 @@ from turbo.memory import count_outline, weight_dtypes
 from turbo.model_files import find_model_files
 from turbo.names import NETWORK
 from turbo.placement import LOW, STREAMED, WHOLE, MemoryPlan, Placement
-from turbo.stored import PLAIN, StoredLinear, StoredPart
+from turbo.stored import PLAIN, StoredLinear, StoredPart, StoredRows
 from turbo.testing import TINY, TINY_TEXT_ENCODER, ModelSize, make_model
 from turbo.text_encoder import TextEncoder
 from turbo.transformer import Transformer
@@ -466,6 +466,36 @@ def test_what_rests_is_exchanged_matrix_by_matrix_for_a_lora(
         for old, new in zip(tensors, after[name], strict=True):
             assert torch.equal(old.view(torch.uint8), new.view(torch.uint8))
             assert ((NETWORK, name) in both) == (old.data_ptr() != new.data_ptr())
+
+
+def test_an_exchange_that_fails_leaves_the_part_absent_and_is_made_good(
+    folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pinned, "_new_buffer", lambda size: torch.empty(size, dtype=torch.uint8))
+    checkpoints = find_model_files(folders["gguf"]).open()
+    outline = Components.outline(checkpoints, weight_dtypes("bfloat16", "cpu"))
+    fuser = LoraFuser(outline.by_name(), checkpoints)
+    placement = Placement(outline.by_name(), CPU, fuser.fill, outline.keepings)
+    placement._pins = True
+    plan = MemoryPlan(LOW, dict.fromkeys(outline.by_name(), "whole"), is_tiled=True)
+    placement.use(plan)
+
+    def full(size: int) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pinned, "_new_buffer", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            placement.loosen({NETWORK: {"layers.0.feed_forward.w1.weight"}})
+    assert placement.modes == {
+        name: None if name == NETWORK else "whole" for name in placement.modes
+    }
+    placement.loosen({})
+    placement.use(plan)
+    assert set(placement.modes.values()) == {"whole"}
+    weight = native_weights(outline.network)["layers.0.feed_forward.w1.weight"]
+    assert isinstance(weight, StoredRows)
+    assert not any(tensor.is_meta for tensor in weight.tensors)
 
 
 def tensors_of(module: Transformer | TextEncoder) -> dict[str, tuple[Tensor, ...]]:

@@ -237,6 +237,7 @@ def test_kernels_run_where_they_are_asked_for(device: str, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(INTERPRETED, reason="a CPU is never waited for")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("length", [10, 11])
 def test_the_loop_waits_for_nothing_but_the_decision(device: str, kernels: bool, length: int):
@@ -248,8 +249,8 @@ def test_the_loop_waits_for_nothing_but_the_decision(device: str, kernels: bool,
     results = []
     for mode in ("default", "error"):  # what runs the first time may be loaded and compiled
         cache = make_cache(stage, kernels=kernels)
-        torch.cuda.set_sync_debug_mode(mode)
         try:
+            torch.cuda.set_sync_debug_mode(mode)
             results.append(run_stage(models, prepared, *captions, noise, cache=cache))
         finally:
             torch.cuda.set_sync_debug_mode("default")
