@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import sys
 import time
@@ -27,6 +28,7 @@ from tools.judging import (
     NONE,
     Verdict,
     background_of,
+    has_proportion,
     judge_one,
     judge_two,
     outlined_share,
@@ -34,6 +36,7 @@ from tools.judging import (
 )
 from tools.scenes import (
     COLORS,
+    HEIGHT,
     NEW_SHAPE,
     OUTLINE,
     SHAPES,
@@ -45,9 +48,11 @@ from tools.scenes import (
     two_object_prompts,
     with_article,
 )
+from turbo._version import __version__
 from turbo.builtin import builtin_model
 from turbo.engine import Engine
 from turbo.errors import BadInputError, TurboError
+from turbo.info import collect_info
 from turbo.plan import DEFAULT_PLAN, Plan, load_plan
 from turbo.whole_file import require_writable_folder, write_whole
 
@@ -57,6 +62,8 @@ LORAS = {"outlined": 1.0, "zorp": 1.0}
 NEGATIVES = ("no negative prompt", "another colour avoided", "it avoided")
 _NEGATIVE, _OUTLINED = 7, 1_000
 """Of their random numbers."""
+
+MOST_SEED = 2**63
 
 Paint = Callable[..., Any]
 Report = dict[str, Any]
@@ -70,6 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if problem:
             raise BadInputError(problem)
         plan = DEFAULT_PLAN if options.plan is None else load_plan(options.plan)
+        last = plan.stages[-1]
+        if not has_proportion(last.height, last.width):
+            raise BadInputError(
+                f"--plan ends in {last.width}x{last.height}, but places and sizes are judged in "
+                f"pictures {HEIGHT} times as high as wide; give one such as the default"
+            )
         if options.negative_prompts and not _guided_stages(plan):
             raise BadInputError("--plan has no stage with guidance; give --negative-prompts 0")
         engine = Engine.from_pretrained(options.model, device=options.device, plan=plan)
@@ -78,7 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             engine.set_loras([])
 
         sizes = [f"{stage.width}x{stage.height}" for stage in plan.stages]
-        about = {"weights": sum_of(options.model), "stages": sizes, "torch": torch.__version__}
+        about = {
+            "command": _command(options),
+            "weights": sum_of(options.model),
+            "stages": sizes,
+            "turbo": __version__,
+            "torch": torch.__version__,
+            "device": str(engine.models.device),
+            "dtype": str(engine.models.dtype).removeprefix("torch."),
+            "processor": next(one["name"] for one in collect_info()["devices"]),
+        }
         if options.lora_prompts:
             about["lora weights"] = sum_of(options.model, loras=True)
 
@@ -118,6 +140,17 @@ def sum_of(model: Path | None, *, loras: bool = False) -> str | None:
     return hashlib.sha256("".join(chosen).encode()).hexdigest()
 
 
+def _command(options: argparse.Namespace) -> str:
+    """What was asked for, without the folders of this machine."""
+    command = "python -m tools.judge_demo_model"
+    for name in ("prompts", "lora_prompts", "negative_prompts", "seed"):
+        command += f" --{name.replace('_', '-')} {getattr(options, name)}"
+    for name in ("model", "plan"):
+        given = getattr(options, name)
+        command += "" if given is None else f" --{name} {given.name}"
+    return command
+
+
 def _problem(options: argparse.Namespace) -> str | None:
     counts = options.prompts, options.lora_prompts, options.negative_prompts
     if min(counts) < 0 or not any(counts):
@@ -130,6 +163,8 @@ def _problem(options: argparse.Namespace) -> str | None:
         return "--sheet shows pictures of --prompts, which is 0"
     if options.sheet is not None and options.sheet.suffix != ".png":
         return f"--sheet must end in .png, got {options.sheet}"
+    if not 0 <= options.seed < MOST_SEED:
+        return f"--seed must be from 0 to {MOST_SEED - 1}, got {options.seed}"
     for path in (options.sheet, options.output):
         if path is not None:
             require_writable_folder(path.absolute().parent)
@@ -186,10 +221,12 @@ def judge(
 
 
 def _write_sheet(pictures: Sequence[Any], path: Path) -> None:
-    """Six in a row, at half their size; what is missing of the last row is black."""
+    """Six in a row, at half their size; what is missing of the last row is black. Whole or not."""
     filled = [*pictures, *[np.zeros_like(pictures[0])] * (-len(pictures) % 6)]
     rows = [np.concatenate(filled[start : start + 6], 1) for start in range(0, len(filled), 6)]
-    Image.fromarray(np.concatenate(rows, 0)[::2, ::2]).save(path)
+    file = io.BytesIO()
+    Image.fromarray(np.concatenate(rows, 0)[::2, ::2]).save(file, "PNG")
+    write_whole(path, file.getvalue(), overwrite=True)
 
 
 def lines_of(report: Report) -> Iterator[str]:
@@ -231,10 +268,17 @@ def _share(
             pictures.append(pixels)
         if not verdict.whole:
             wrong.append(prompt)
-        if (number + 1) % 20 == 0 or number + 1 == len(prompts):
-            print(f"{number + 1} of {len(prompts)} judged", file=sys.stderr, flush=True)
+        if _tell(number + 1, len(prompts)):
             shares = {part: float(np.mean([getattr(v, part) for v in verdicts])) for part in PARTS}
             yield {"pictures": len(verdicts), **shares, "wrong": list(wrong)}
+
+
+def _tell(done: int, count: int, what: str = "", every: int = 20) -> bool:
+    """Print how far it is, now and then and at the end; whether it was time to."""
+    if done % every and done != count:
+        return False
+    print(f"{done} of {count} judged {what}".rstrip(), file=sys.stderr, flush=True)
+    return True
 
 
 def _negative(paint: Paint, count: int, seed: int, plan: Plan) -> Report:
@@ -261,6 +305,7 @@ def _negative(paint: Paint, count: int, seed: int, plan: Plan) -> Report:
             negative = f"{with_article(avoided)} {ground}" if avoided else ""
             pixels = paint(with_article(ground), number, negative_prompt=negative, plan=begun)
             things = things_of(pixels)
+            _tell(3 * number + NEGATIVES.index(name) + 1, 3 * count, "with a negative prompt")
             found[name]["background"] += background_of(pixels) == background
             if things:
                 found[name]["color"] += things[0].color == color
@@ -328,12 +373,13 @@ def _effect(
     parts: Sequence[str],
 ) -> Report:
     report: Report = {"pictures": len(prompts), "strength": LORAS[name]}
-    for cell, (is_on, has_word) in CELLS.items():
+    for at, (cell, (is_on, has_word)) in enumerate(CELLS.items(), start=1):
         loras = [(name, LORAS[name])] if is_on else []
         made = [
             (paint(f"{name}, {prompt}" if has_word else prompt, number, loras=loras), scene)
             for number, (prompt, scene) in enumerate(prompts)
         ]
+        _tell(at * len(prompts), len(CELLS) * len(prompts), f"for {name}", every=1)
         report[cell] = float(np.mean([is_seen(pixels) for pixels, _ in made]))
     verdicts = [judge_one(pixels, scene) for pixels, scene in made]
     report["beside"] = {p: float(np.mean([getattr(v, p) for v in verdicts])) for p in parts}
@@ -350,7 +396,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--lora-prompts", type=int, default=24)
     parser.add_argument("--negative-prompts", type=int, default=56)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sheet", type=Path, help="a PNG of the first pictures")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.json")
     return parser.parse_args(arguments)

@@ -28,6 +28,8 @@ Mask = NDArray[np.bool_]
 
 LEAST_AREA = 0.004
 """Of the picture, that a thing covers."""
+MOST_STRAY = 0.002
+"""Of the picture, that may be neither background nor a thing: specks, of which none is a thing."""
 NEAR = 0.13
 """How far a thing may be from the place asked for, in widths."""
 LEAST_LINE = 0.9
@@ -75,7 +77,7 @@ class Verdict:
     place: bool
     size: bool
     count: bool
-    """Whether there are as many things as were asked for."""
+    """Whether there are as many things as were asked for, and no specks beside them."""
 
     @property
     def whole(self) -> bool:
@@ -99,6 +101,13 @@ def things_of(
         outlined: Whether things have a line around them: half of it lies outside of their shape,
             none of it is of their colour.
     """
+    return _things_and_stray(pixels, shapes, outlined)[0]
+
+
+def _things_and_stray(
+    pixels: Pixels, shapes: Sequence[str] = (*SHAPES, NEW_SHAPE), outlined: bool = False
+) -> tuple[list[Found], float]:
+    """As `things_of`, and the share of the picture that is neither of them nor background."""
     names = list(COLORS)
     height, width, _ = pixels.shape
     nearest = _nearest(pixels.reshape(-1, 3)).reshape(height, width)
@@ -106,11 +115,12 @@ def things_of(
     # An edge has colours between its two: opening takes off lines of a pixel or two.
     is_thing = ndimage.binary_opening(is_thing, iterations=max(1, width // 200))
     parts, count = ndimage.label(is_thing)
-    found = []
+    found, stray = [], 0.0
     for part in range(1, count + 1):
         mask: Mask = parts == part
         area = float(mask.mean())
         if area < LEAST_AREA or (outlined and _depth(mask).max() < 0.5):
+            stray += area
             continue
         if outlined:
             core = _within_line(mask)
@@ -119,12 +129,13 @@ def things_of(
             core = ndimage.binary_erosion(mask, iterations=max(1, round(_RIM * width)))
         color = _told(nearest[core if core.any() else mask])
         found.append(_found(mask, shapes, color, area))
-    return sorted(found, key=lambda thing: -thing.area)
+    return sorted(found, key=lambda thing: -thing.area), stray
 
 
 def judge_one(pixels: Pixels, scene: Scene) -> Verdict:
     """Hold [height, width, 3] pixels of 8 bits against a scene of one thing in a named place."""
-    asked, found = scene.things[0], things_of(pixels, outlined=scene.outline > 0)
+    asked = scene.things[0]
+    found, stray = _things_and_stray(pixels, outlined=scene.outline > 0)
     background = background_of(pixels) == scene.background
     if not found:
         return Verdict(background, False, False, False, False, False)
@@ -135,14 +146,14 @@ def judge_one(pixels: Pixels, scene: Scene) -> Verdict:
         shape=thing.shape == asked.shape,
         place=_is_near(thing, asked),
         size=_size_of(thing) == asked.size,
-        count=len(found) == 1,
+        count=len(found) == 1 and stray <= MOST_STRAY,
     )
 
 
 def judge_two(pixels: Pixels, scene: Scene) -> Verdict:
     """Hold [height, width, 3] pixels of 8 bits against two things: what they are, their order."""
     background = background_of(pixels) == scene.background
-    things = things_of(pixels)
+    things, stray = _things_and_stray(pixels)
     found = things[:2]
     if len(found) < 2:
         return Verdict(background, False, False, False, False, False)
@@ -157,7 +168,7 @@ def judge_two(pixels: Pixels, scene: Scene) -> Verdict:
         shape=[thing.shape for thing in found] == [first.shape, second.shape],
         place=bool((asked == is_there).all()),
         size=[_size_of(thing) for thing in found] == [first.size, second.size],
-        count=len(things) == 2,
+        count=len(things) == 2 and stray <= MOST_STRAY,
     )
 
 
@@ -204,6 +215,11 @@ def _within_line(mask: Mask) -> Mask:
     """
     depth = _depth(mask)
     return np.asarray(depth >= min(1.6, 0.75 * depth.max()))
+
+
+def has_proportion(height: int, width: int) -> bool:
+    """Whether pictures of a size are about as high as those in which places are told."""
+    return abs(height / width / HEIGHT - 1) < 0.1
 
 
 def _main_axis(dx: float, dy: float) -> NDArray[np.float64]:

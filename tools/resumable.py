@@ -15,12 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tools.muon import Muon
+from turbo.errors import BadInputError
+from turbo.messages import one_line
+from turbo.whole_file import write_out
 
 SAVE_SECONDS = 120.0
+SHOW_SECONDS = 600.0
+"""Between two calls of `on_save`, which takes some seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +76,8 @@ def train(
         schedule: Steps and rates.
         folder: Where the state is kept.
         log: Takes a line.
-        on_save: Called with the step after the state was kept, with the averages in `weights`.
+        on_save: Called with the step after the state was kept, now and then and at the end, with
+            the averages in `weights`.
         matrices: The weights that Muon trains -> how many matrices are stacked in each; AdamW
             trains the others.
         precision: Of Muon's products.
@@ -84,7 +91,8 @@ def train(
     step = _restore(path, weights, average, optimiser)
     if step:
         log(f"{name}: goes on at step {step} of {schedule.steps}")
-    started, saved, seen, total, first = time.time(), time.time(), 0, 0.0, step
+    started = saved = shown = time.time()
+    seen, total, first = 0, 0.0, step
     while step < schedule.steps:
         loss = loss_of(step)
         if not torch.isfinite(loss):
@@ -104,7 +112,9 @@ def train(
         if time.time() - saved > SAVE_SECONDS or step == schedule.steps:
             _keep(path, step, weights, average, optimiser)
             saved = time.time()
-            if on_save is not None:
+            is_due = saved - shown > SHOW_SECONDS or step == schedule.steps
+            if on_save is not None and is_due:
+                shown = saved
                 with _swapped(weights, average):
                     on_save(step)
     with torch.no_grad():
@@ -179,7 +189,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
     save_file(contiguous, unfinished, metadata={"format": "pt"})
     unfinished.chmod(0o644)
+    with unfinished.open("rb") as file:
+        write_out(file)  # or a power cut may leave the name without the content
     os.replace(unfinished, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read what `write_tensors` wrote.
+
+    Raises:
+        BadInputError: The file is damaged.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    except SafetensorError as error:
+        raise BadInputError(
+            f"{path} is damaged ({one_line(error)}); delete it, what it held is made again"
+        ) from error
 
 
 def _keep(
@@ -204,7 +231,7 @@ def _restore(
 ) -> int:
     if not path.exists():
         return 0
-    state = load_file(path)
+    state = read_tensors(path)
     step = int(state["step"])
     for key, weight in weights.items():
         weight.copy_(state[f"weight/{key}"])

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,6 @@ import torch._functorch.config
 import torch._inductor.config
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 import turbo
@@ -54,9 +54,10 @@ from tools.demo_network import (
     train_network,
 )
 from tools.demo_text import train_text_encoder
-from tools.resumable import Schedule, write_tensors
+from tools.resumable import Schedule, read_tensors, write_tensors
 from turbo.attention import missing_compiler
 from turbo.checkpoint import load_weights, open_folder
+from turbo.devices import free_bytes
 from turbo.diffusers_folder import (
     DIFFUSERS_FILES,
     network_config,
@@ -81,6 +82,10 @@ _SUMS = "SHA256SUMS"
 _JUDGES = ("judging.py", "judge_demo_model.py")
 """Code that no bit depends on."""
 _LIBRARIES = ("torch", "numpy", "diffusers", "tokenizers", "pillow", "turbo")
+_MODULES = {"pillow": "PIL"}
+"""Library -> the name that it is imported by, where that is another."""
+_MEMORY_BYTES = 6 << 30
+"""That the training takes at most, rounded up."""
 _STATE_BYTES = 70 << 20
 """Of a phase: weights, their average and the optimiser's moments, of the largest one."""
 SHEET_PROMPTS = (
@@ -222,7 +227,7 @@ class _Trainer:
             (TEXT_ENCODER, self.painter.text_encoder),
         ):
             load_weights(module, open_folder(component, _component(model, component).parent))
-        self.autoencoder.load_state_dict(load_file(_component(model, AUTOENCODER)))
+        self.autoencoder.load_state_dict(read_tensors(_component(model, AUTOENCODER)))
 
     def _train_autoencoder(self) -> None:
         autoencoders.train_autoencoder(
@@ -321,9 +326,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, MemoryError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_shortage(error):
             raise
-        needed = _needed_bytes(_amounts(options)) >> 20
+        needed, memory = (size >> 20 for size in (_needed_bytes(_amounts(options)), _MEMORY_BYTES))
         print(f"error: {one_line(error)}; what was trained is kept in {options.work}, the same "
-              f"command goes on from there ({needed} MiB of disk and some 6 GiB of memory are "
+              f"command goes on from there ({needed} MiB of disk and {memory} MiB of memory are "
               "needed)", file=sys.stderr)  # fmt: skip
         return 1
 
@@ -401,17 +406,37 @@ def _compiling_in(work: Path) -> Iterator[None]:
 
 
 def _problem(options: argparse.Namespace) -> str | None:
+    if options.out.name in ("", ".."):
+        return f"--out must name a folder, got {options.out}"
     if options.out.exists() and not options.force:
         return f"{options.out} exists; give --force to replace it, or another --out"
-    for name, value, least in (("threads", options.threads, 1), ("seed", options.seed, 0)):
-        if value < least:
-            return f"--{name} must be at least {least}, got {value}"
+    if options.out.exists() and not _is_replaceable(options.out):
+        return (
+            f"{options.out} is no model that this tool has made, so it is not replaced; give "
+            "another --out"
+        )
+    out, work = options.out.absolute().resolve(), options.work.absolute().resolve()
+    if out == work or out in work.parents:
+        return f"--work {options.work} must not lie in --out {options.out}, which is replaced"
+    for name, value, least, most in (
+        ("threads", options.threads, 1, 4096),
+        ("seed", options.seed, 0, 2**63 - 1),
+    ):
+        if not least <= value <= most:
+            return f"--{name} must be from {least} to {most}, got {value}"
+    missing_packages = [name for name in _LIBRARIES if find_spec(_MODULES.get(name, name)) is None]
+    if missing_packages:
+        return f"{' and '.join(missing_packages)} must be installed; pip install -e '.[all]' does"
+    free = free_bytes(torch.device("cpu"))
+    if not options.quick and free is not None and free < _MEMORY_BYTES:
+        return (
+            f"{free >> 20} MiB of memory are free, {_MEMORY_BYTES >> 20} MiB are needed; end other "
+            "programs, or add swap space"
+        )
     if not options.quick and (missing := missing_compiler(torch.device("cpu"))) is not None:
         return f"compiling the network {missing}"
     if options.start is not None and not (options.start / _SUMS).is_file():
         return f"--start must be a folder that this tool has made, got {options.start}"
-    if options.out.name in ("", ".."):
-        return f"--out must name a folder, got {options.out}"
     for path in (options.out.absolute().parent, options.work):
         require_writable_folder(_existing(path))
     settings = options.work / _SETTINGS
@@ -428,14 +453,23 @@ def _problem(options: argparse.Namespace) -> str | None:
             f"libraries ({settings}); give another --work, or delete the folder"
         )
     kept = sum(path.stat().st_size for path in options.work.rglob("*") if path.is_file())
-    room = shutil.disk_usage(_existing(options.work)).free + kept
-    needed = _needed_bytes(_amounts(options))
-    if room < needed:
+    room = shutil.disk_usage(_existing(options.work)).free
+    missing_bytes = _needed_bytes(_amounts(options)) - kept - room
+    if missing_bytes > 0 and not kept:
         return (
-            f"{options.work} has {room >> 20} MiB free, {needed >> 20} MiB are needed; give "
-            "another --work"
+            f"{options.work} has {room >> 20} MiB free, {(missing_bytes + room) >> 20} MiB are "
+            "needed; give another --work"
+        )
+    if missing_bytes > 0:
+        return (
+            f"{options.work} has {room >> 20} MiB free beside the {kept >> 20} MiB that are kept "
+            f"there, {missing_bytes >> 20} MiB more are needed; make room on that disk"
         )
     return None
+
+
+def _is_replaceable(out: Path) -> bool:
+    return out.is_dir() and ((out / _SUMS).is_file() or not any(out.iterdir()))
 
 
 def _needed_bytes(amounts: Amounts) -> int:

@@ -40,6 +40,8 @@ class Artist:
         self.spoil, self.heeds_negative = spoil, heeds_negative
         self.loras: list[str] = []
 
+    models = SimpleNamespace(device="cpu", dtype=torch.float32)
+
     def set_loras(self, loras: list[str]) -> None:
         self.loras = loras
 
@@ -156,7 +158,7 @@ def test_the_command_writes_figures_and_a_sheet(
     artist = SimpleNamespace(from_pretrained=lambda *_, **__: Artist())
     monkeypatch.setattr(judge_demo_model, "Engine", artist)
     sheet, output = tmp_path / "s.png", tmp_path / "r.json"
-    command = ["--prompts", "8", "--lora-prompts", "0", "--negative-prompts", "0"]
+    command = ["--prompts", "8", "--lora-prompts", "0", "--negative-prompts", "0", "--seed", "0"]
     command += ["--sheet", str(sheet), "-o", str(output)]
     assert main(command) == 0
     written = json.loads(output.read_text())

@@ -26,6 +26,19 @@ def picture(scene: Scene, height: int = 224, width: int = 176) -> Any:
     return (draw_scene(scene, height, width) * 255).round().astype(np.uint8)
 
 
+def test_many_specks_are_not_nothing() -> None:
+    _, scene = PROMPTS[0]
+    pixels = picture(scene, 864, 672)
+    color = [255, 255, 255] if scene.background != "white" else [0, 0, 0]
+    rows, columns = ((0.08, 0.15), (0.9, 0.8, 0.7))
+    for row in rows:
+        for column in columns:
+            top, left = round(row * 864), round(column * 672)
+            pixels[top : top + 20, left : left + 20] = color
+    assert judge_one(picture(scene, 864, 672), scene).count
+    assert not judge_one(pixels, scene).count
+
+
 def changed(scene: Scene, **changes: Any) -> Scene:
     return replace(scene, things=(replace(scene.things[0], **changes),))
 

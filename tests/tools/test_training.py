@@ -36,10 +36,11 @@ from tools.demo_network import (
     train_network,
 )
 from tools.muon import Muon, orthogonal
-from tools.resumable import Schedule, train
+from tools.resumable import Schedule, read_tensors, train, write_tensors
 from tools.scenes import Scene, hard_scene
 from tools.train_demo_model import main
 from turbo.engine import Engine
+from turbo.errors import BadInputError
 from turbo.lora import apply_patches, match_lora, read_lora
 from turbo.names import NETWORK
 from turbo.plan import Plan, Stage
@@ -77,6 +78,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.fixture
 def saves_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resumable, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(resumable, "SHOW_SECONDS", -1.0)
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 11])
@@ -166,6 +168,45 @@ def test_the_state_of_other_settings_is_not_taken_over(
     assert "holds the state of a run with other settings" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--out", "mine", "--work", "w", "--force"), "mine is no model that this tool has made"),
+        (("--out", "new", "--work", "new"), "must not lie in --out new, which is replaced"),
+        (("--out", "new", "--work", "new/state"), "must not lie in --out new, which is replaced"),
+    ],
+)
+def test_no_folder_of_the_users_is_replaced(
+    arguments: tuple[str, ...],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    assert main(["--quick", *arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_too_little_memory_is_found_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_demo_model, "free_bytes", lambda device: 4 << 30)
+    assert main(["--out", str(tmp_path / "m"), "--work", str(tmp_path / "w")]) == 2
+    assert "4096 MiB of memory are free, 6144 MiB are needed" in capsys.readouterr().err
+
+
+def test_a_damaged_state_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "network.safetensors"
+    write_tensors(path, {"x": torch.ones(9)})
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(BadInputError, match=r"network\.safetensors is damaged .*; delete it"):
+        read_tensors(path)
+
+
 def test_state_without_its_settings_is_not_taken_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,8 +245,8 @@ def test_the_command_says_what_room_it_needs(
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--seed", "-1"], "--seed must be at least 0, got -1"),
-        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed must be from 0 to 9223372036854775807, got -1"),
+        (["--threads", "0"], "--threads must be from 1 to 4096, got 0"),
         (["--out", ".."], "--out must name a folder, got .."),
     ],
 )
@@ -406,6 +447,7 @@ def test_products_are_in_lower_precision_where_that_is_asked_for_and_a_kill_chan
     monkeypatch.setattr("tools.demo_network.compiled", lambda painter: painter)
     monkeypatch.setattr("tools.demo_network.BATCHES", (2, 2, 2))
     monkeypatch.setattr(resumable, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(resumable, "SHOW_SECONDS", -1.0)
     latents = torch.randn(4, 16, 8, 6, generator=torch.Generator().manual_seed(0))
     ids = torch.zeros(4, 32, dtype=torch.int64)
     data = [Latents(latents, ids, torch.full((4,), 5), latents[:, :1] > 1)] * 3
@@ -633,6 +675,7 @@ def test_a_lora_on_file_does_what_the_trained_one_did(
     folder = tmp_path / "broken"
     folder.mkdir()
     monkeypatch.setattr(resumable, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(resumable, "SHOW_SECONDS", -1.0)
     really = resumable._keep
 
     def kill(path: Path, step: int, *rest: Any) -> None:
