@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from importlib import import_module
+from typing import Any
 
 COMMANDS = {
     "run": "the workflow end to end and by part",
@@ -20,15 +21,33 @@ COMMANDS = {
 }
 
 
+def _command(name: str) -> Any:
+    try:
+        return import_module(f"bench.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("bench", "turbo", ""):
+            raise
+        from bench.endings import BAD_INPUT, complain, missing_packages
+
+        sys.exit(complain(BAD_INPUT, missing_packages([str(error.name)])))
+
+
+def end_on_signals() -> None:
+    """End as an error does, so that child processes end too; what ``nohup`` ignores stays so."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # not every system has both
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
+
+
 def main() -> int:
     """Run the command that is named first."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in COMMANDS:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as turbo's command does
-        for number in (signal.SIGTERM, signal.SIGHUP):  # so that child processes end too
-            signal.signal(number, lambda received, _: sys.exit(128 + received))
+        end_on_signals()
         try:
-            code: int = import_module(f"bench.{name}").main(sys.argv[2:])
+            code: int = _command(name).main(sys.argv[2:])
         except KeyboardInterrupt:
             print(
                 "stopped; if a results file was asked for, it holds what was measured",

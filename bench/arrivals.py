@@ -7,6 +7,7 @@ stalled server nor a stalled sender can hide one.
 
 from __future__ import annotations
 
+import math
 import queue
 import random
 import threading
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bench.timing import summarise_rounds
+from bench.timing import percentile, summarise_rounds
 from turbo.messages import one_line
 
 LATE_MS = 10.0
@@ -177,19 +178,25 @@ class FifoWorker:
                 record.error = one_line(error) or type(error).__name__
 
 
-def figures(records: Sequence[Record]) -> dict[str, Any]:
-    """What a results file of kind ``load`` says about its requests; see ``schema.md``."""
+def figures(records: Sequence[Record], duration_s: float) -> dict[str, Any]:
+    """What a results file of kind ``load`` says about its requests; see ``schema.md``.
+
+    Args:
+        records: All of them.
+        duration_s: For how long requests arrived. Throughput is over at least so long: a server
+            that dies early is not the faster for it.
+    """
     good = [record for record in records if record.is_good]
     begun = [record for record in good if record.begun_s is not None]
     told = [record.service_s for record in good if record.service_s is not None]
     if begun:
         told = [_since(record.done_s, record.begun_s) for record in begun]
-    over_s = max((record.done_s or 0.0 for record in good), default=0.0)
+    over_s = max([duration_s, *(record.done_s or 0.0 for record in records)])
     return {
         "latency": _summary([_since(record.done_s, record.arrival_s) for record in good]),
         "queue": _summary([_since(record.begun_s, record.arrival_s) for record in begun], good),
         "service": _summary(told, good),
-        "throughput_per_s": len(good) / over_s if over_s else 0.0,
+        "throughput_per_s": len(good) / over_s,
         "throughput_over_s": over_s,
         "completed": len(good),
         "unfinished": sum(not record.is_over for record in records),
@@ -205,6 +212,23 @@ def figures(records: Sequence[Record]) -> dict[str, Any]:
             for record in records
         ],
     }
+
+
+def percentile_of_all(answered: Sequence[float], unanswered: int, percent: float) -> float | None:
+    """A percentile of all requests, of which those without an answer are the slowest.
+
+    Args:
+        answered: Times of the others.
+        unanswered: How many had no answer, or a wrong one.
+        percent: From 0 to 100.
+
+    Returns:
+        The time; None if it lies among those without an answer, or there was no request.
+    """
+    last = (len(answered) + unanswered - 1) * percent / 100
+    if not answered or math.ceil(last) >= len(answered):
+        return None
+    return percentile([*answered, *[max(answered)] * unanswered], percent)
 
 
 def lateness(records: Sequence[Record]) -> dict[str, float]:

@@ -116,6 +116,7 @@ class ComfyUISide(OutsideSide):
             "torch": system.get("pytorch_version"),
             "python": str(system.get("python_version")).partition(" ")[0],
             "device": device.get("name"),
+            "dtype": self._dtype(),
             "arguments": _lasting(system.get("argv", ())),
             "started": "by this run" if ours else "before this run",
             "OMP_NUM_THREADS": torch.get_num_threads() if ours else None,
@@ -262,6 +263,11 @@ class ComfyUISide(OutsideSide):
             raise SideError(f"{self.name} is not started")
         return self._http
 
+    def _dtype(self) -> str | None:
+        """Of its weights, where this run told it; else it is its own business."""
+        launch = self._launch
+        return None if launch is None or launch.command is not None else launch.dtype
+
     def _system(self) -> dict[str, Any]:
         system = self._stats.get("system")
         return system if isinstance(system, dict) else {}
@@ -327,7 +333,8 @@ class ComfyUISide(OutsideSide):
             return client.run(workflow, on_event=watch)
         except TurboError as error:
             self._check_alive()
-            raise SideError(str(error)) from error
+            said = str(error).replace("with run_timeout", "with --timeout")
+            raise SideError(said) from error
 
     def _check_alive(self) -> None:
         """Say so if the reason for an error is that our server has ended."""

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from bench.arguments import Parser
+from bench.arguments import Parser, positive
+from bench.cold_start import ColdStart
 from bench.options import Subject, add_model_options, add_round_options, run_command
 from bench.results import Results
 from bench.run import measured, show, turbo_side
 from bench.servers import require_here
-from bench.side import MissingRivalError, Side, SideError
+from bench.side import MissingRivalError, Side
 from turbo.acceleration import SpeedUps
 from turbo.errors import BadInputError
 from turbo.plan import Plan
@@ -32,7 +30,8 @@ from turbo.samplers import SAMPLERS
 
 SINGLE_STAGE = ("sdcpp", "sglang")
 RIVALS = ("comfyui", "diffusers", *SINGLE_STAGE)
-COLD_START_SECONDS = 1800
+SECONDS_A_PICTURE = 3600.0
+"""That a rival's may take unless told otherwise."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,13 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> Results:
         _require_rival(options)
-        more = {"cold_start": {"turbo": cold_start(options)}} if options.cold_start else {}
         subject = Subject.load(options)
         if options.baseline in SINGLE_STAGE:
             single = subject.without_easycache().single_stage()
             subject = replace(subject, plan=without_drawn_noise(single))
         sides = _sides(subject, given)
-        return measured(subject, "compare", given, sides, more=more)
+        whole = ColdStart(options, options.timeout) if options.cold_start else None
+        return measured(subject, "compare", given, sides, cold_start=whole)
 
     return run_command(options, work, show)
 
@@ -72,25 +71,59 @@ def _parser() -> argparse.ArgumentParser:
     add_round_options(parser)
     parser.add_argument("--only", nargs="+", metavar="SIDE", help="of the sides, by name")
     parser.add_argument(
-        "--cold-start", action="store_true", help="also time a process of turbo's to its picture"
+        "--cold-start",
+        action="store_true",
+        help="after the rounds also time a process of turbo's to its picture on the disk",
     )
-    comfyui = parser.add_argument_group("comfyui")
     parser.add_argument(
         "--best-dtype",
         choices=("bfloat16", "float16"),
-        help="measure the fastest settings in this too, as approximate (diffusers, comfyui)",
+        help="measure the fastest settings in this too, as approximate (diffusers; comfyui "
+        "with --comfyui-dir)",
     )
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        default=SECONDS_A_PICTURE,
+        metavar="S",
+        help=f"a rival's picture that takes longer ends it (default: {SECONDS_A_PICTURE:g})",
+    )
+    comfyui = parser.add_argument_group("comfyui")
     comfyui.add_argument("--comfyui-url", metavar="URL", help="a running server")
     comfyui.add_argument("--comfyui-dir", type=Path, metavar="DIR", help="an installation to start")
     comfyui.add_argument(
         "--comfyui-command", metavar="LINE", help="how to start one; {port} and {models} filled in"
     )
     comfyui.add_argument("--comfyui-python", metavar="FILE", help="the installation's interpreter")
-    comfyui.add_argument("--comfyui-flags", default="", metavar="LINE", help="added to the start")
+    comfyui.add_argument(
+        "--comfyui-flags", type=_words, default=(), metavar="LINE", help="added to every start"
+    )
+    comfyui.add_argument(
+        "--comfyui-best-flags",
+        type=_words,
+        default=(),
+        metavar="LINE",
+        help="those of its fastest settings, such as --fast: a side of their own, approximate",
+    )
     others = parser.add_argument_group("sdcpp and sglang, which make one stage")
     others.add_argument("--sdcpp", metavar="FILE", help="stable-diffusion.cpp's program")
+    others.add_argument(
+        "--sdcpp-best-flags",
+        type=_words,
+        default=(),
+        metavar="LINE",
+        help="those of its fastest settings: a side of their own, approximate",
+    )
     others.add_argument("--sglang-url", metavar="URL", help="a server of its images API")
     return parser
+
+
+def _words(line: str) -> tuple[str, ...]:
+    """A command line's words, as an option's `type`."""
+    try:
+        return tuple(shlex.split(line))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is no command line: {error}, got {line!r}") from error
 
 
 def without_drawn_noise(plan: Plan) -> Plan:
@@ -116,6 +149,14 @@ def _require_rival(options: argparse.Namespace) -> None:
     baseline = options.baseline
     if options.best_dtype and baseline not in ("comfyui", "diffusers"):
         raise BadInputError(f"--best-dtype needs --baseline comfyui or diffusers, got {baseline}")
+    if options.best_dtype and baseline == "comfyui" and not options.comfyui_dir:
+        raise BadInputError(
+            "--best-dtype needs --comfyui-dir: no other ComfyUI can be told its dtype"
+        )
+    if options.comfyui_best_flags and options.comfyui_url:
+        raise BadInputError(
+            "--comfyui-best-flags is for a ComfyUI to start; a running one has its flags already"
+        )
     if options.output is not None and Path(baseline).resolve() == options.output.resolve():
         raise BadInputError(f"-o {options.output} is the baseline, which it would replace")
     if options.comfyui_url and (options.comfyui_dir or options.comfyui_command):
@@ -193,7 +234,7 @@ def _comfyui_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
         python=options.comfyui_python,
         device=subject.models.device.type,
         dtype=str(subject.models.dtype).removeprefix("torch."),
-        flags=tuple(shlex.split(options.comfyui_flags)),
+        flags=options.comfyui_flags,
     )
     rival = ComfyUISide(
         subject.files,
@@ -201,25 +242,50 @@ def _comfyui_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
         url=options.comfyui_url,
         launch=None if options.comfyui_url else launch,
         approximate=subject.has_easycache,
+        run_seconds=options.timeout,
     )
-    lower = _in_best_dtype(subject)
     sides = [*_turbo_sides(subject, subject.plan), rival]
-    return sides if lower is None else [*sides, _turbo_in_best_dtype(lower, subject.plan)]
+    lower = _in_best_dtype(subject)
+    if lower is not None:
+        sides.append(_turbo_in_best_dtype(lower, subject.plan))
+    if lower is not None or options.comfyui_best_flags:
+        fastest = replace(
+            launch,
+            dtype=options.best_dtype or launch.dtype,
+            flags=(*launch.flags, *options.comfyui_best_flags),
+        )
+        sides.append(
+            ComfyUISide(
+                subject.files,
+                subject.plan,
+                launch=fastest,
+                name="comfyui, fastest",
+                approximate=True,
+                best=True,
+                run_seconds=options.timeout,
+            )
+        )
+    return sides
 
 
 def _single_stage_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
     options, plan = subject.options, subject.plan
-    rival: Side
+    rivals: list[Side]
     if options.baseline == "sdcpp":
         from bench.sdcpp_side import SdcppSide
 
         dtype = str(subject.models.dtype).removeprefix("torch.")
-        rival = SdcppSide(options.sdcpp, subject.files, plan, dtype=dtype)
+        shared = partial(
+            SdcppSide, options.sdcpp, subject.files, plan, dtype=dtype, run_seconds=options.timeout
+        )
+        rivals = [shared()]
+        if flags := options.sdcpp_best_flags:
+            rivals.append(shared(flags=flags, name="sdcpp, fastest", best=True))
     else:
         from bench.sglang_side import SglangSide
 
-        rival = SglangSide(options.sglang_url, plan)
-    return [*_turbo_sides(subject, plan), rival]
+        rivals = [SglangSide(options.sglang_url, plan, run_seconds=options.timeout)]
+    return [*_turbo_sides(subject, plan), *rivals]
 
 
 def _recorded_sides(subject: Subject, arguments: Sequence[str]) -> list[Side]:
@@ -264,33 +330,3 @@ def _turbo_in_best_dtype(subject: Subject, plan: Plan) -> Side:
 
 def _fastest(subject: Subject) -> SpeedUps:
     return SpeedUps.choose(subject.models.device, compile=True, strict=True)
-
-
-def cold_start(options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a whole process of turbo's: start, load, one picture on the disk.
-
-    Raises:
-        SideError: It failed.
-    """
-    with tempfile.TemporaryDirectory(prefix="turbo-bench-") as folder:
-        command: list[Any] = [
-            sys.executable, "-m", "turbo", "generate", options.prompt, "--quiet",
-            "--negative", options.negative, "--seed", str(options.seed),
-            "--device", options.device, "--dtype", options.dtype,
-            "--quantize", options.quantize,
-            "-o", Path(folder, "picture.png"),
-        ]  # fmt: skip
-        for flag in ("model", "tokenizer", "plan"):
-            if getattr(options, flag):
-                command += [f"--{flag}", getattr(options, flag)]
-        begin = time.perf_counter()
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, timeout=COLD_START_SECONDS
-            )
-        except subprocess.TimeoutExpired as error:
-            raise SideError(f"a process of turbo's took over {COLD_START_SECONDS} s") from error
-        seconds = time.perf_counter() - begin
-    if done.returncode:
-        raise SideError(f"a process of turbo's failed: {done.stderr.strip().splitlines()[-1:]}")
-    return {"process to picture": seconds}

@@ -28,11 +28,16 @@ def describe_model(models: Models, name: str) -> dict[str, Any]:
     }
 
 
-def fingerprint(models: Models) -> str:
+def fingerprint(models: Models) -> str | None:
     """A short hash of all shapes and dtypes and of some values of each tensor.
 
-    The same weights have the same one whatever files they came from.
+    The same weights have the same one whatever files they came from. Of weights that a memory plan
+    leaves in their files until they are needed there is none.
     """
+    if any(
+        weight.is_meta for module in _modules(models).values() for weight in module.parameters()
+    ):
+        return None
     digest = hashlib.sha256()
     for component, module in _modules(models).items():
         for name, weight in sorted(native_weights(module).items()):

@@ -23,7 +23,7 @@ from bench.arguments import Parser, positive, without_folders
 from bench.endings import FAILED, OK, exit_code, require_writable
 from bench.kernel_parts import attention, kernels
 from bench.machine import describe_machine
-from bench.model_parts import decode, network, picture, profile, prompt
+from bench.model_parts import decode, fp8, network, picture, profile, prompt
 from bench.process_parts import checks, start
 from bench.random_model import PROMPT_TOKENS
 from bench.results import FORMAT, Found, Part, Results, recorded, run_parts
@@ -41,10 +41,11 @@ PARTS = {
     "prompt": 45,
     "decode": 75,
     "picture": 130,
+    "start": 200,
+    "fp8": 90,
     "profile": 30,
     "kernels": 60,
     "attention": 60,
-    "start": 200,
 }
 """Name -> seconds that a part may take at the most. Most need far less, so the sum may be more than
 there is."""
@@ -61,10 +62,11 @@ def make_parts(setting: Setting) -> list[Part]:
         "prompt": prompt,
         "decode": decode,
         "picture": picture,
+        "start": start,
+        "fp8": fp8,
         "profile": profile,
         "kernels": kernels,
         "attention": attention,
-        "start": start,
     }
     return [Part(name, partial(runs[name], setting), seconds) for name, seconds in PARTS.items()]
 

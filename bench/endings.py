@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+import turbo.errors
 from bench.results import ResultsFileError
 from bench.side import MissingRivalError, SideError
 from turbo.errors import BadInputError, TurboError
@@ -15,6 +17,8 @@ from turbo.messages import one_line, reason
 from turbo.whole_file import require_writable_folder
 
 OK, FAILED, BAD_INPUT = 0, 1, 2
+OUT_OF_MEMORY = (torch.OutOfMemoryError, turbo.errors.OutOfMemoryError)
+"""PyTorch's own error and what an engine makes of it."""
 
 
 def exit_code(work: Callable[[], int]) -> int:
@@ -26,12 +30,31 @@ def exit_code(work: Callable[[], int]) -> int:
     """
     try:
         return work()
-    except (BadInputError, ResultsFileError, MissingRivalError, torch.OutOfMemoryError) as error:
+    except (BadInputError, ResultsFileError, MissingRivalError, *OUT_OF_MEMORY) as error:
         return complain(BAD_INPUT, one_line(error, limit=None))
+    except ModuleNotFoundError as error:
+        return complain(BAD_INPUT, missing_packages([error.name or str(error)]))
     except (TurboError, SideError) as error:
         return complain(FAILED, one_line(error, limit=None))
     except (OSError, RuntimeError, ValueError) as error:
         return complain(FAILED, f"{type(error).__name__}: {one_line(error, limit=500)}")
+
+
+def require_packages(*names: str) -> None:
+    """See before the work that what the measuring needs is installed.
+
+    Raises:
+        BadInputError: It is not; says what installs it.
+    """
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise BadInputError(missing_packages(missing))
+
+
+def missing_packages(names: Sequence[str]) -> str:
+    """What is said about packages that are not installed."""
+    listed = " and ".join(names)
+    return f"measuring needs {listed}, not installed here; pip install -e '.[bench]' adds them"
 
 
 def complain(code: int, message: str) -> int:

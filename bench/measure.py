@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from bench.endings import OUT_OF_MEMORY
 from bench.judging import compare_rounds, require_alike
 from bench.memory_watch import MemoryWatch
 from bench.pictures import save_picture
@@ -27,15 +28,24 @@ from bench.side import MissingRivalError, Request, Round, Side, SideError
 from bench.timing import Span, ratio, summarise, summarise_rounds
 from turbo.errors import TurboError
 from turbo.messages import one_line
+from turbo.noise import MAX_SEED
 
 MOST_OVERHEAD = 0.01
 SPANS_TRIED = 2000
-ANOTHER_SEED = 1
 
 Arithmetic = Callable[[Request, Round], Mapping[str, float]]
 """Part -> floating-point operations that the request needed; skipped calls do not count."""
 
-_FIGURES = ("times", "network", "skips", "tflop", "share_of_limit", "memory", "overhead_share")
+_FIGURES = (
+    "start",
+    "times",
+    "network",
+    "skips",
+    "tflop",
+    "share_of_limit",
+    "memory",
+    "overhead_share",
+)
 
 
 class Comparison:
@@ -46,6 +56,7 @@ class Comparison:
         requests: Request of a round by number; round 0 is the one that is not timed.
         results: Where everything is kept.
         reference: Makes one picture, with which the first side's must agree.
+        cold_start: Makes one picture after the rounds, of which only the time is kept.
         arithmetic: Counts a round's operations, for the shares of the limit.
         limit: Measures the limit; before the rounds and after them, of which the faster counts.
         strict: Whether sides that are equally exact must agree to rounding, as float32 does.
@@ -60,6 +71,7 @@ class Comparison:
         results: Results,
         *,
         reference: Side | None = None,
+        cold_start: Side | None = None,
         arithmetic: Arithmetic | None = None,
         limit: Callable[[], Mapping[str, Any]] | None = None,
         strict: bool = True,
@@ -72,6 +84,7 @@ class Comparison:
         self._requests = requests
         self._results = results
         self._reference = reference
+        self._cold_start = cold_start
         self._arithmetic = arithmetic
         self._limit = limit
         self._strict = strict
@@ -80,10 +93,7 @@ class Comparison:
         self._far_db: float | None = None
         self._rounds: dict[str, list[Round]] = {side.name: [] for side in sides}
         self._first: dict[str, Round] = {}
-        self._alone = sum(side.in_process for side in sides) == 1
-        self._watches = {
-            side.name: MemoryWatch(side, host=self._alone or not side.in_process) for side in sides
-        }
+        self._watches = {side.name: MemoryWatch(side) for side in sides}
         self._entries: dict[str, dict[str, Any]] = {
             side.name: {"approximate": side.approximate, "best": side.best} for side in sides
         }
@@ -100,9 +110,12 @@ class Comparison:
         try:
             for side in reversed(self._all):  # rivals first: what is missing shows at once
                 self._start(side)
+            self._require_others()
             for side in self._active.copy():
                 self._try_out(side)
+            self._require_others()
             self._calibrate()
+            self._require_others()
             self._measure_limit()
             for number in range(1, rounds + 1):
                 for side in self._active[:: 1 if number % 2 else -1]:
@@ -112,6 +125,7 @@ class Comparison:
             self._measure_the_rest()
             self._measure_limit()
             self._require_below_limit()
+            self._measure_cold_start()
         finally:
             try:
                 self._conclude()
@@ -135,6 +149,10 @@ class Comparison:
             raise
         except SideError as error:
             self._end(side, error)
+        except OUT_OF_MEMORY as error:
+            if side is self._leader:
+                raise
+            self._end(side, SideError(one_line(error, limit=300)))
         except (TurboError, OSError, RuntimeError, ValueError) as error:
             kind = type(error).__name__
             self._end(side, SideError(f"{kind}: {one_line(str(error), limit=300)}"))
@@ -145,6 +163,7 @@ class Comparison:
         if self._rounds[side.name]:
             entry["ended"] = f"after round {len(self._rounds[side.name])}: {error}"
         else:
+            entry.pop("start", None)  # of what ran nothing is known to be right
             entry["check"] = {"withheld": str(error)}
         self._drop(side, error)
 
@@ -166,6 +185,16 @@ class Comparison:
 
     # ------------------------------------------------------------ before the rounds
 
+    def _require_others(self) -> None:
+        """Go on if what was to be compared can be.
+
+        Raises:
+            SideError: The first side's program is alone, though it was not meant to be.
+        """
+        asked, left = ({_program(side) for side in sides} for sides in (self._all, self._active))
+        if len(self._active) < 2 <= len(self._all) or len(left) < 2 <= len(asked):
+            raise SideError(f"nothing is left to compare {self._leader.name} with")
+
     def _start(self, side: Side) -> None:
         entry = self._entries[side.name]
         self._say(f"{side.name}: starting")
@@ -181,7 +210,8 @@ class Comparison:
             begin = time.perf_counter()
             with self._watches[side.name].watching():
                 first = side.paint(self._requests(0))
-            entry["start"]["first picture"] = round(time.perf_counter() - begin, 4)
+            if not first.recorded:
+                entry["start"]["first picture"] = round(time.perf_counter() - begin, 4)
             self._first[side.name] = first
             self._keep_picture(side, 0, self._requests(0).seed, first)
             entry["check"] = side.check()
@@ -190,7 +220,7 @@ class Comparison:
     def _calibrate(self) -> None:
         """Compare the first pictures, with another seed's as the measure of what is far."""
         leader, first, request = self._leader, self._first[self._leader.name], self._requests(0)
-        elsewhere = leader.paint(replace(request, seed=request.seed + ANOTHER_SEED))
+        elsewhere = leader.paint(replace(request, seed=another_seed(request.seed)))
         far = compare_rounds(elsewhere, first)
         self._far_db = far["psnr_db"]
         compared: dict[str, Any] = {"another seed": [far]}
@@ -274,7 +304,12 @@ class Comparison:
         watch = self._watches[side.name]
         entry["memory"] = {
             "host_peak_gib": watch.host_peak_gib,
-            "device": _largest([one.memory_gib for one in rounds]) if self._alone else {},
+            "device": _largest([one.memory_gib for one in rounds]) or _largest([watch.device]),
+            "shared_with": [
+                other.name
+                for other in self._all
+                if other is not side and other.in_process and side.in_process
+            ],
             "timeline": watch.timeline,
         }
         entry["overhead_share"] = self._overhead(side, last)
@@ -363,9 +398,33 @@ class Comparison:
         self._results.data["ratios"] = ratios
         self._results.write()
 
+    def _measure_cold_start(self) -> None:
+        """A whole process; its time counts only if it made the first side's picture."""
+        side = self._cold_start
+        if side is None:
+            return
+        self._say(side.name)
+        try:
+            made = side.paint(self._requests(0))
+            found = compare_rounds(made, self._first[self._leader.name])
+            require_alike(side, self._leader, found, self._far_db, strict=self._strict)
+        except SideError as error:
+            raise SideError(f"{side.name}: {error}") from error
+        finally:
+            side.close()
+        self._results.data["pictures"][f"{side.name} / {self._leader.name}"] = [
+            {"round": 0, **found}
+        ]
+        self._results.data["cold_start"] = {_program(side): dict(made.seconds)}
+
     def _measure_the_rest(self) -> None:
         for side in self._active:
             self._entries[side.name]["times"] |= side.others()
+
+
+def another_seed(seed: int) -> int:
+    """The next one; after the largest the smallest."""
+    return (seed + 1) % (MAX_SEED + 1)
 
 
 def _program(side: Side) -> str:

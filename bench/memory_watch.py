@@ -23,15 +23,15 @@ class MemoryWatch:
 
     Args:
         side: Whose processes and device are watched.
-        host: Whether its processes' memory says something about it alone.
     """
 
-    def __init__(self, side: Side, *, host: bool) -> None:
+    def __init__(self, side: Side) -> None:
         self._side = side
-        self._host = host
         self.timeline: list[list[Any]] = []
         """[seconds, host GiB or None, device GiB or None, part]."""
         self.host_peak_gib: float | None = None
+        self.device: dict[str, dict[str, float]] = {}
+        """Part -> the most device memory of all looks, `allocated` and `reserved` as known."""
         self._step = 1
         self._family: list[Any] = []
 
@@ -51,7 +51,7 @@ class MemoryWatch:
         begin = time.perf_counter()
         looks = 0
         while not over.is_set():
-            if self._host and looks % FAMILY_LOOKS == 0:
+            if looks % FAMILY_LOOKS == 0 or not self._family:
                 self._family = family(self._side.processes(), alone=self._side.in_process)
             self._look(time.perf_counter() - begin, keep=looks % self._step == 0)
             looks += 1
@@ -64,6 +64,9 @@ class MemoryWatch:
             self.host_peak_gib = max(self.host_peak_gib or 0.0, host)
         if host is None and device is None:
             return
+        highest = self.device.setdefault(self._side.part, {}) if device and self._side.part else {}
+        for name, gib in (device or {}).items():
+            highest[name] = max(highest.get(name, 0.0), gib)
         held = None if device is None else device.get("allocated")
         if keep:
             point = [round(seconds, 2), _rounded(host), _rounded(held), self._side.part]

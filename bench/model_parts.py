@@ -16,7 +16,16 @@ from torch import Tensor
 from bench import arithmetic
 from bench.random_model import PROMPT_TOKENS
 from bench.results import Found, recorded
-from bench.setting import UNCAPTURED, VARIANTS, Judge, Setting, Variant
+from bench.setting import (
+    FP8,
+    UNCAPTURED,
+    VARIANTS,
+    Judge,
+    Setting,
+    Variant,
+    distance,
+    require_near,
+)
 from bench.timing import Meter, summarise, synchronise, time_runs
 from turbo import pipeline
 from turbo.denoiser import is_unguided
@@ -175,9 +184,7 @@ def _first_call(setting: Setting, run: Callable[[], object]) -> float:
 @torch.inference_mode()
 def picture(setting: Setting, found: Found, seconds: float) -> None:
     """Whole pictures through `Engine.generate`, without and with the plan's EasyCache."""
-    plan = setting.size.plan
-    bare = tuple(replace(stage, easycache=None) for stage in plan.stages)
-    for name, chosen in {"no cache": replace(plan, stages=bare), "EasyCache": plan}.items():
+    for name, chosen in _plans(setting).items():
         with setting.in_float32():
             exact = Painter(setting, setting.side("eager")).paint(chosen, "q")
         eager = Painter(setting, setting.side("eager")).paint(chosen, "q")
@@ -189,6 +196,30 @@ def picture(setting: Setting, found: Found, seconds: float) -> None:
                 painter.paint(chosen, "z")  # compiles and captures
                 numbers |= judge.check(_pixels(painter.paint(chosen, "q").image))
                 numbers |= painter.measure(chosen)
+
+
+def _plans(setting: Setting) -> dict[str, Plan]:
+    plan = setting.size.plan
+    bare = tuple(replace(stage, easycache=None) for stage in plan.stages)
+    return {"no cache": replace(plan, stages=bare), "EasyCache": plan}
+
+
+@torch.inference_mode()
+def fp8(setting: Setting, found: Found, seconds: float) -> None:
+    """The same with the network's large matrices in fp8, an approximation.
+
+    Its picture must lie nearer to the eager one than half the distance of another seed's.
+    """
+    for name, chosen in _plans(setting).items():
+        with recorded(found, name) as numbers:
+            plain = Painter(setting, setting.side("eager"))
+            exact, other = (_pixels(plain.paint(chosen, "q", s).image) for s in (SEED, SEED + 1))
+            painter = Painter(setting, setting.side(f"{FP8}, {setting.fastest}"))
+            painter.paint(chosen, "z")  # compiles and captures
+            made = _pixels(painter.paint(chosen, "q").image)
+            numbers["another_seed_distance"] = far = distance(other, exact)
+            numbers["distance"] = require_near(made, exact, far / 2)
+            numbers |= painter.measure(chosen)
 
 
 class Painter:
@@ -204,12 +235,12 @@ class Painter:
         models.decode = meter.metered("decoder", _decoder(side))
         self._engine = self._model.engine(models, accelerator=side.accelerator)
 
-    def paint(self, plan: Plan, letter: str) -> Result:
+    def paint(self, plan: Plan, letter: str, seed: int = SEED) -> Result:
         """A picture of its own prompt and negative prompt: the engine keeps those it knows."""
         return self._engine.generate(
             self._model.prompt(letter),
             negative_prompt=self._model.prompt(letter.upper()),
-            seed=SEED,
+            seed=seed,
             plan=plan,
         )
 

@@ -12,13 +12,15 @@ import torch
 
 from bench.arguments import whole, without_folders
 from bench.described import describe_model
-from bench.endings import FAILED, OK, exit_code, require_writable
+from bench.endings import FAILED, OK, exit_code, require_packages, require_writable
 from bench.machine import describe_machine
 from bench.results import FORMAT, Results
 from bench.side import Request
 from bench.turbo_side import LoadedModel
 from turbo.engine import pick_device, pick_dtype
+from turbo.errors import BadInputError
 from turbo.model_files import ModelFiles
+from turbo.noise import check_seed
 from turbo.pipeline import Models
 from turbo.plan import DEFAULT_PLAN, QUANTIZE, ModelSettings, Plan, load_plan, plan_to_dict
 from turbo.precision import arithmetic_dtype
@@ -81,8 +83,9 @@ class Subject:
         """Load what the options name.
 
         Raises:
-            TurboError: It cannot be used.
+            TurboError: It cannot be used, or does not stay in memory.
         """
+        check_seed(options.seed)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         plan = load_plan(options.plan) if options.plan else DEFAULT_PLAN
@@ -96,6 +99,12 @@ class Subject:
             quantize=None if options.quantize == "auto" else options.quantize,
             plan=plan,
         )
+        if loaded.engine.memory.moves:
+            raise BadInputError(
+                f"what is measured must stay in memory, and memory {loaded.engine.memory.name!r} "
+                "moves it; give a plan with performance: {memory: fast}, a device with more memory "
+                "or --quantize"
+            )
         return cls(options=options, loaded=loaded, plan=plan)
 
     def request(self, number: int) -> Request:
@@ -191,6 +200,7 @@ def run_command(
     """
 
     def work_and_report() -> int:
+        require_packages("diffusers", "psutil")
         require_writable(options.output)
         results = work()
         report(results)

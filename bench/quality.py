@@ -277,10 +277,9 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
 
 def _is_of_scenes(plan: Plan) -> bool:
     """Whether pictures have about the proportion in which places and sizes are judged."""
-    from tools.scenes import HEIGHT
+    from tools.judging import has_proportion
 
-    last = plan.stages[-1]
-    return abs(last.height / last.width / HEIGHT - 1) < 0.1
+    return has_proportion(plan.stages[-1].height, plan.stages[-1].width)
 
 
 def _prompts_and_judge(

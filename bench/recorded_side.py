@@ -76,14 +76,14 @@ class RecordedSide(OutsideSide):
         """The round of this request, as it was."""
         number = self._requests[request.prompt]
         if number == 0:
-            return Round(seconds={"total": 0.0}, image=self._picture(0))
+            return Round(seconds={"total": 0.0}, image=self._picture(0), recorded=True)
         seconds = {
             part: timed["all_ms"][number - 1] / 1000
             for part, timed in self._entry["times"].items()
             if len(timed.get("all_ms", ())) >= number
         }
         # No skips, so that its times are held against no limit but its own file's.
-        return Round(seconds=seconds, image=self._picture(number))
+        return Round(seconds=seconds, image=self._picture(number), recorded=True)
 
     def close(self) -> None:
         """Nothing to give back."""

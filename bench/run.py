@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -90,7 +90,7 @@ def measured(
     sides: Sequence[Side],
     *,
     reference: Side | None = None,
-    more: Mapping[str, Any] = {},
+    cold_start: Side | None = None,
 ) -> Results:
     """Measure sides on a subject and keep the results, also those of a run that ends early.
 
@@ -100,21 +100,25 @@ def measured(
         arguments: Of the command.
         sides: The first is what the others are compared with.
         reference: As `Comparison` takes it.
-        more: Put into the results.
+        cold_start: As `Comparison` takes it.
     """
     options = subject.options
-    results = Results(options.output, {**subject.header(kind, arguments), **more})
+    results = Results(options.output, subject.header(kind, arguments))
     data = results.data
     del data["parts"]
     data["configuration"] |= {"rounds": options.rounds, "order": [side.name for side in sides]}
+    in_8_bits = subject.models.transformer.quantize in ("fp8", "int8")
+    if in_8_bits:
+        data["limit"] = {"withheld": "it is measured of no 8-bit products"}
     counting = PictureArithmetic(subject.models, subject.plan)
     comparison = Comparison(
         sides,
         subject.request,
         results,
         reference=reference,
+        cold_start=cold_start,
         arithmetic=lambda asked, made: counting.of(asked.prompt, asked.negative_prompt, made.skips),
-        limit=lambda: limit_of(subject),
+        limit=None if in_8_bits else lambda: limit_of(subject),
         strict=subject.strict,
         device=subject.models.device,
     )

@@ -175,8 +175,9 @@ class SdcppSide(OutsideSide):
             while child.code() is None:
                 if time.monotonic() > end:
                     raise SideError(
-                        f"stable-diffusion.cpp made no picture within {self._run_seconds:g} s; the "
-                        f"last lines of its log: {child.last_lines()}"
+                        f"stable-diffusion.cpp made no picture within {self._run_seconds:g} s; "
+                        "allow more with --timeout; the last lines of its log: "
+                        f"{child.last_lines()}"
                     )
                 time.sleep(0.005)
             if child.code() != 0:

@@ -16,15 +16,19 @@ from bench import arithmetic
 from bench.random_model import FULL, SMALL, RandomModel, make_random_model
 from bench.timing import time_launches
 from turbo.acceleration import Accelerator, SpeedUps
+from turbo.checkpoint import native_weights
 from turbo.errors import BadInputError
 from turbo.kernel_support import require_kernels
 from turbo.pipeline import Models
 from turbo.plan import Stage
+from turbo.quantize import QuantizedRows, check_quantization
 from turbo.transformer import Transformer
 
 VARIANTS = ("eager", "captured", "compiled", "compiled, captured")
 """How the parts can run. Capturing changes no arithmetic: the results should be equal."""
 FASTEST = VARIANTS[-1]
+FP8 = "fp8"
+"""In front of a variant's name: the network in 8 bits."""
 UNCAPTURED = {"captured": "eager", "compiled, captured": "compiled"}
 
 
@@ -54,6 +58,13 @@ class Setting:
     @cached_property
     def model(self) -> RandomModel:
         return make_random_model(self.size, self.device)
+
+    @cached_property
+    def in_fp8(self) -> Models:
+        """The same model with the network's large matrices quantised to fp8."""
+        plain = self.model.models
+        network = _in_fp8(plain)
+        return replace(plain, transformer=network, network=network)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -133,7 +144,7 @@ class Setting:
         return "captured" if self.small else FASTEST
 
     def _make_side(self, variant: str) -> Variant:
-        models = replace(self.model.models)
+        models = replace(self.in_fp8 if variant.startswith(FP8) else self.model.models)
         if variant == "eager":
             return Variant(models, None)
         models.kernels = self.missing_kernels is None
@@ -167,6 +178,32 @@ def in_float32(network: Transformer) -> Iterator[None]:
         yield
     finally:
         network.compute_dtype = before
+
+
+@torch.inference_mode(False)
+def _in_fp8(models: Models) -> Transformer:
+    """A network of the same weights, rounded.
+
+    Raises:
+        BadInputError: The device has no such arithmetic, or torchao is not installed.
+    """
+    check_quantization(FP8, models.device)
+    plain = models.transformer
+    weight = next(plain.parameters())
+    made = Transformer(
+        plain.config,
+        weight.device,
+        weight.dtype,
+        compute_dtype=plain.compute_dtype,
+        quantize=FP8,
+    )
+    sources = plain.native_tensors()
+    for name, target in native_weights(made).items():
+        if isinstance(target, QuantizedRows):
+            target.quantize(sources[name])
+        elif isinstance(target, Tensor):
+            target.copy_(sources[name])
+    return made
 
 
 def distance(result: Tensor, reference: Tensor) -> float:

@@ -52,6 +52,8 @@ class Round:
     """Part -> peak device memory, `allocated` and `reserved`, where they can be told."""
     total_has_png: bool = False
     """Whether coding the PNG is in `total`, where a program does not tell it apart."""
+    recorded: bool = False
+    """Whether it was made in an earlier run."""
     spans: int = 0
     """Times that the harness looked at a clock for this round's sake."""
 

@@ -57,11 +57,13 @@ def _calls(side: Mapping[str, Any], part: str) -> str:
 def _memory_lines(side: Mapping[str, Any]) -> Iterator[str]:
     memory = side.get("memory", {})
     if memory.get("host_peak_gib"):
-        yield f"  {'peak host memory':24} {memory['host_peak_gib']:10.3f} GiB"
+        shared = memory.get("shared_with")
+        others = f", of one process with {' and '.join(shared)}" if shared else ""
+        yield f"  {'peak host memory':24} {memory['host_peak_gib']:10.3f} GiB{others}"
     for part, peak in memory.get("device", {}).items():
         yield (
-            f"  {f'peak memory, {part}':24} {peak['allocated_gib']:10.3f} GiB allocated, "
-            f"{peak['reserved_gib']:.3f} reserved"
+            f"  {f'peak memory, {part}':24} "
+            + ", ".join(f"{gib:.3f} GiB {name.removesuffix('_gib')}" for name, gib in peak.items())
         )
     if side.get("overhead_share") is not None:
         yield f"  {'own overhead':24} {side['overhead_share']:10.4%}"

@@ -22,7 +22,7 @@ from turbo import pipeline
 from turbo.acceleration import AUTO, Accelerator, Counters, SpeedUps, open_cache
 from turbo.cache_folder import default_cache_dir
 from turbo.engine import Engine, Result
-from turbo.errors import TurboError
+from turbo.errors import OutOfMemoryError, TurboError
 from turbo.fusing import LoraFuser
 from turbo.image_file import save_png
 from turbo.latent import STRIDE
@@ -149,7 +149,7 @@ class TurboSide:
                         f"float32, allowed {apart}"
                     )
             except ValueError as error:
-                raise SideError(f"{self.name}, a network call of {stage.name}: {error}") from error
+                raise SideError(f"a network call of {stage.name}: {error}") from error
             found[stage.name] = {
                 "distance_to_float32": distances["distance"],
                 "diffusers_distance_to_float32": distances["eager_distance"],
@@ -177,8 +177,10 @@ class TurboSide:
                 plan=self.plan,
                 on_progress=self._on_progress,
             )
+        except OutOfMemoryError:
+            raise  # says itself what to do, and ends a command with its own code
         except TurboError as error:
-            raise SideError(f"{self.name}: {error}") from error
+            raise SideError(str(error)) from error
         synchronise(self._models.device)
         self._end_part()
         self.part = ""
@@ -284,7 +286,7 @@ class TurboSide:
         added = now.compilations - before.compilations, now.captures - before.captures
         if self._has_painted and any(added):
             raise SideError(
-                f"{self.name}: {added[0]} graphs were compiled and {added[1]} parts captured in a "
+                f"{added[0]} graphs were compiled and {added[1]} parts captured in a "
                 "picture that was timed"
             )
         self._has_painted = True

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
+from bench.arrivals import percentile_of_all
 from bench.reporting.charts import Line, legend, lines
 from bench.reporting.files import ResultsFile
 from bench.reporting.markup import (
@@ -54,7 +55,10 @@ def _figure(file: ResultsFile) -> Markup:
         f"{number(offered.get('rate_per_s'))} requests/s offered: {file.title}",
         tag("p", _sentence(file)),
         _warnings(file),
-        table(["", *(f"p{at}" for at in PERCENTS), "largest"], _percentiles(columns)),
+        table(
+            ["", *(f"p{at}" for at in PERCENTS), "largest"],
+            _percentiles(columns, len(data.get("requests", [])) - len(good)),
+        ),
         _curve(columns),
     )
 
@@ -89,13 +93,14 @@ def _warnings(file: ResultsFile) -> Markup | None:
     return tag("div", tag("ul", found), class_="warning") if found else None
 
 
-def _percentiles(columns: Mapping[str, Sequence[float]]) -> list[list[Content]]:
-    return [
-        [name, *(milliseconds(percentile(values, at)) for at in PERCENTS),
-         milliseconds(max(values))]
-        for name, values in columns.items()
-        if values
-    ]  # fmt: skip
+def _percentiles(columns: Mapping[str, Sequence[float]], unanswered: int) -> list[list[Content]]:
+    rows: list[list[Content]] = []
+    for name, values in columns.items():
+        if values:
+            slowest = unanswered if name == "latency" else 0
+            found = (percentile_of_all(values, slowest, at) for at in (*PERCENTS, 100))
+            rows.append([name, *("no answer" if ms is None else milliseconds(ms) for ms in found)])
+    return rows
 
 
 def _curve(columns: Mapping[str, Sequence[float]]) -> Markup | None:

@@ -125,4 +125,6 @@ def _peaks(side: MeasuredSide) -> list[Content] | None:
         f"{stage} {number(entry.get('allocated_gib'))} ({number(entry.get('reserved_gib'))}) GiB"
         for stage, entry in device.items()
     )
-    return [side.name, f"{number(found.get('host_peak_gib'))} GiB", on_device or NOTHING]
+    shared = found.get("shared_with") or []
+    name = f"{side.name} (one process with {', '.join(map(str, shared))})" if shared else side.name
+    return [name, f"{number(found.get('host_peak_gib'))} GiB", on_device or NOTHING]

@@ -91,20 +91,33 @@ def usable(spread: Mapping[str, Any]) -> bool:
 
 def _table(file: ResultsFile) -> Markup:
     rows: list[list[Content]] = []
-    for name, option in {**_options(file), "another seed": _another_seed(file)}.items():
+    entries = {**_options(file), "another seed": _another_seed(file)}
+    exact = file.data.get("exact", {})
+    is_judged = any("judged" in entry for entry in (exact, *entries.values()))
+    if is_judged:
+        rows.append(["exact", "", "", *[""] * len(MEASURES), _right(exact)])
+    for name, option in entries.items():
         for at, (stage, measures) in enumerate(option.get("stages", {}).items()):
             quotient = option.get("time_ratio", {})
             has_time = at == 0 and "median" in quotient
             time = _spread(quotient, lambda value: f"{value:.2f} {TIMES}") if has_time else ""
             cells = (_spread(measures.get(key), number) for key in MEASURES)
-            rows.append([name if at == 0 else "", stage, time, *cells])
+            judged = [_right(option) if at == 0 else ""] if is_judged else []
+            rows.append([name if at == 0 else "", stage, time, *cells, *judged])
     reasons = [
         tag("p", f"{name}: no figures, because {plain(option['withheld'])}", class_="warning")
         for name, option in file.data["options"].items()
         if "withheld" in option
     ]
     head = ["option", "stage", "time of the exact run", *MEASURES.values()]
+    head += ["pictures that are wholly right"] * is_judged
     return join(table(head, rows), reasons)
+
+
+def _right(entry: Mapping[str, Any]) -> str:
+    """How many pictures show what was asked for, where that was judged."""
+    share, pictures = entry.get("judged", {}).get("whole"), len(entry.get("pictures", ()))
+    return NOTHING if share is None else f"{round(share * pictures)} of {pictures}"
 
 
 def _spread(found: Any, shown: Callable[[float], str]) -> str:

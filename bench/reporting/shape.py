@@ -63,6 +63,7 @@ SIDE = {
     "memory": {
         "host_peak_gib": Maybe(float),
         "device": Maybe(Each(Maybe({"allocated_gib": Maybe(float), "reserved_gib": Maybe(float)}))),
+        "shared_with": [str],
         "timeline": [Row((float, Maybe(float), Maybe(float), Maybe(str)))],
     },
     "overhead_share": Maybe(float),
@@ -77,6 +78,7 @@ OPTION = {
     "time_ratio": RATIO,
     "stages": STAGES,
     "pictures": [OF_PROMPT],
+    "judged": Each(float),
 }
 GENERAL = {
     "command": [ANY],
@@ -104,9 +106,9 @@ LOAD = {
     "requests": [Row((float, Maybe(float), Maybe(float), bool))],
 }
 QUALITY = {
-    "exact": {"pictures": [OF_PROMPT]},
+    "exact": {"pictures": [OF_PROMPT], "judged": Each(float)},
     "options": Each(OPTION),
-    "another_seed": {"stages": STAGES, "pictures": [OF_PROMPT]},
+    "another_seed": {"stages": STAGES, "pictures": [OF_PROMPT], "judged": Each(float)},
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "run": GENERAL | PAINTED,

@@ -71,7 +71,7 @@ def test_the_full_size_is_that_of_the_real_files(shared: Path):
 def test_every_part_that_runs_in_this_process_finds_its_numbers(setting: Setting):
     parts = {part.name: part for part in device.make_parts(setting)}
     found: dict[str, Found] = {}
-    for name in ("machine", "matmul", "prompt", "decode", "picture", "kernels", "attention"):
+    for name in ("machine", "matmul", "prompt", "decode", "picture", "fp8", "kernels", "attention"):
         found[name] = {}
         parts[name].run(found[name], 60)
     assert found["machine"]["torch"] == torch.__version__
@@ -81,6 +81,9 @@ def test_every_part_that_runs_in_this_process_finds_its_numbers(setting: Setting
     fast = found["picture"]["no cache"]["captured"]
     assert 0 < fast["outside_share"] < 1
     assert set(fast["skipped_of_calls"]) == {"stage1", "stage2", "stage3"}
+    for numbers in found["fp8"].values():
+        assert 0 < numbers["distance"] < numbers["another_seed_distance"] / 2
+        assert numbers["median_ms"] > 0
     assert found["kernels"]["stage3"]["latent_upscale"]["eager"]["device"]["median_us"] > 0
     by_backend = found["attention"]["stage3"]
     assert by_backend["sdpa"]["share_of_limit"] > 0

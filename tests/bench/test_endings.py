@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import signal
 from pathlib import Path
 
 import pytest
 
-from bench.endings import exit_code
+from bench.__main__ import end_on_signals
+from bench.endings import exit_code, require_packages
 from bench.results import ResultsFileError
 from bench.side import MissingRivalError, SideError
 from tests.bench import samples
-from turbo.errors import BackendError, BadInputError
+from turbo.errors import BackendError, BadInputError, OutOfMemoryError
 
 COMMANDS = {
     "run": "--model nowhere -o {output}",
@@ -59,6 +61,12 @@ def test_a_folder_is_no_file_to_write(tmp_path: Path, capsys: pytest.CaptureFixt
         (SideError("another picture"), 1, "another picture"),
         (BackendError("no answer"), 1, "no answer"),
         (OSError("disk full"), 1, "OSError: disk full"),
+        (OutOfMemoryError("full; use memory 'low'", "loading"), 2, "full; use memory 'low'"),
+        (
+            ModuleNotFoundError("No module named 'diffusers'", name="diffusers"),
+            2,
+            "measuring needs diffusers, not installed here; pip install -e '.[bench]' adds them",
+        ),
     ],
 )
 def test_an_error_is_one_line_and_its_code_says_whose_fault_it_was(
@@ -74,3 +82,28 @@ def test_an_error_is_one_line_and_its_code_says_whose_fault_it_was(
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         exit_code(lambda: 1 // 0)
+
+
+def test_a_package_that_is_missing_is_named_before_the_work():
+    require_packages("torch")
+    with pytest.raises(BadInputError, match=r"needs nowhere1 and nowhere2, .* '\.\[bench\]'"):
+        require_packages("nowhere1", "torch", "nowhere2")
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_hang_up_ends_a_command_unless_it_was_told_to_ignore_it(
+    ignored: bool,
+):
+    before = signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        end_on_signals()
+        if ignored:
+            signal.raise_signal(signal.SIGHUP)
+        else:
+            with pytest.raises(SystemExit) as ended:
+                signal.raise_signal(signal.SIGHUP)
+            assert ended.value.code == 129
+    finally:
+        signal.signal(signal.SIGHUP, before[0])
+        signal.signal(signal.SIGTERM, before[1])

@@ -29,6 +29,7 @@ from bench.arrivals import (
     Record,
     figures,
     lateness,
+    percentile_of_all,
     poisson_arrivals,
     send_all,
 )
@@ -152,7 +153,7 @@ def test_a_stalled_sender_hides_no_latency(clock: FakeClock):
     # Each sending takes 1 s, though one is due each half second: the third goes out 1 s late.
     records = [Record(0, 0.0), Record(1, 0.5), Record(2, 1.0)]
     send_all(records, Finishing(clock, 1.0), clock, timeout_s=10)
-    found = figures(records)
+    found = figures(records, 3)
     assert found["late"] == {"share": pytest.approx(2 / 3), "worst_ms": 1000.0}
     assert found["latency"]["all_ms"] == [1000.0, 1500.0, 2000.0]
 
@@ -160,7 +161,7 @@ def test_a_stalled_sender_hides_no_latency(clock: FakeClock):
 def test_the_table_warns_of_a_late_sender(clock: FakeClock):
     records = [Record(0, 0.0), Record(1, 0.5), Record(2, 1.0)]
     send_all(records, Finishing(clock, 1.0), clock, timeout_s=10)
-    lines = "\n".join(load.table(figures(records)))
+    lines = "\n".join(load.table(figures(records, 3)))
     assert "the sender itself was late: 66.7% of the requests" in lines
     assert "the worst 1000.0 ms" in lines
 
@@ -202,7 +203,7 @@ def served(clock: FakeClock, arrivals: list[float], seconds: float, timeout_s: f
 
 
 def test_waiting_counts_as_queue_time_and_work_as_service(clock: FakeClock):
-    found = figures(served(clock, [0.0, 1.0, 2.0], seconds=3, timeout_s=100))
+    found = figures(served(clock, [0.0, 1.0, 2.0], seconds=3, timeout_s=100), 3)
     assert found["queue"]["all_ms"] == [2000, 4000, 6000]  # begun at 2, 5, 8
     assert found["service"]["all_ms"] == [3000, 3000, 3000]
     assert found["latency"]["all_ms"] == [5000, 7000, 9000]
@@ -213,7 +214,7 @@ def test_waiting_counts_as_queue_time_and_work_as_service(clock: FakeClock):
 def test_who_waited_too_long_is_not_served(clock: FakeClock):
     records = served(clock, [0.0, 0.0, 0.0, 4.0], seconds=2, timeout_s=5)
     assert [record.is_good for record in records] == [True, False, False, True]
-    assert figures(records)["errors"] == {"waited longer than 5 s": 2}
+    assert figures(records, 3)["errors"] == {"waited longer than 5 s": 2}
 
 
 def test_an_error_of_the_engine_is_counted_and_the_next_is_served(clock: FakeClock):
@@ -228,19 +229,33 @@ def test_an_error_of_the_engine_is_counted_and_the_next_is_served(clock: FakeClo
     for record in records:
         worker.submit(record)
     worker.work()
-    assert figures(records)["errors"] == {"out of memory": 1}
-    assert figures(records)["completed"] == 1
+    assert figures(records, 3)["errors"] == {"out of memory": 1}
+    assert figures(records, 3)["completed"] == 1
 
 
 def test_unanswered_runs_have_no_numbers():
-    found = figures([Record(0, 0.0, sent_s=0.0, error="status 500")])
+    found = figures([Record(0, 0.0, sent_s=0.0, error="status 500")], 3)
     assert found["latency"] == {"withheld": "no request was answered"}
     assert found["throughput_per_s"] == 0
 
 
+def test_a_request_without_an_answer_is_the_slowest_and_counts_against_throughput():
+    records = [
+        Record(number, float(number), done_s=number + 0.5) for number in range(9)
+    ] + [Record(9, 9.0, error="status 500")]  # fmt: skip
+    found = figures(records, 60)
+    assert found["throughput_per_s"] == 9 / 60
+    lines = [line for line in load.table(found) if line.startswith("latency")]
+    assert lines[0].split() == ["latency", "500.0", "500.0", "no", "answer", "no", "answer"]
+    assert percentile_of_all([1.0, 3.0], 0, 50) == 2.0
+    assert percentile_of_all([1.0, 3.0], 1, 50) == 3.0
+    assert percentile_of_all([1.0, 3.0], 1, 51) is None
+    assert percentile_of_all([], 3, 50) is None
+
+
 def test_endless_different_messages_are_counted_together():
     records = [Record(one, 0.0, sent_s=0.0, error=f"trace {one}") for one in range(50)]
-    errors = figures(records)["errors"]
+    errors = figures(records, 3)["errors"]
     assert len(errors) == 21
     assert errors["others"] == 30
 
@@ -299,7 +314,7 @@ def test_an_error_is_counted_by_its_message_and_the_run_goes_on(
 ):
     server.answer = lambda body, number: answer if number == 3 else painted(body)
     code, data = run(server, tmp_path / "load.json")
-    assert code == 0
+    assert code == 1  # it is more than a hundredth of the requests
     assert {text.lower(): count for text, count in data["errors"].items()} == {message.lower(): 1}
     assert data["completed"] == len(data["requests"]) - 1
     assert f"(1 of {len(data['requests'])} requests)" in capsys.readouterr().out
@@ -353,7 +368,7 @@ def test_a_server_that_dies_leaves_the_numbers_from_before(tmp_path):
 
         server.answer = answer
         code, data = run(server, tmp_path / "load.json", rate=20, duration=1)
-        assert code == 0
+        assert code == 1
     assert 0 < data["completed"] < len(data["requests"])
     assert sum(data["errors"].values()) == len(data["requests"]) - data["completed"]
 

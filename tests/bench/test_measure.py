@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
-from bench.measure import Comparison, ratios_of
+from bench.measure import Comparison, another_seed, ratios_of
+from bench.memory_watch import MemoryWatch
 from bench.recorded_side import RecordedSide
 from bench.results import FORMAT, Results, ResultsFileError
 from bench.side import MissingRivalError, Request, Round, SideError
 from bench.table import lines_of
 from tests.bench.sides import FakeSide, picture
+from turbo.errors import OutOfMemoryError
 
 MACHINE = {
     "id": "m1",
@@ -134,8 +138,78 @@ def test_a_rival_with_an_error_of_its_own_ends_alone():
     def fail(number: int) -> float:
         raise RuntimeError("out of\nmemory")
 
-    found = compare([FakeSide("ours"), FakeSide("theirs", fail)])
+    found = compare([FakeSide("ours"), FakeSide("theirs", fail), FakeSide("others")])
     assert found["sides"]["theirs"]["check"] == {"withheld": "RuntimeError: out of memory"}
+
+
+def test_nothing_is_painted_for_when_no_rival_is_left(tmp_path: Path):
+    class Unable(FakeSide):
+        def start(self) -> dict[str, float]:
+            raise SideError("reads no such files")
+
+    ours, fastest = FakeSide("ours"), FakeSide("ours, compiled", best=True)
+    with pytest.raises(SideError, match="nothing is left to compare ours with"):
+        compare([ours, fastest, Unable("theirs")], tmp_path / "a.json")
+    assert ours.asked == fastest.asked == []
+    assert "start" not in json.loads((tmp_path / "a.json").read_text())["sides"]["theirs"]
+    another = FakeSide("theirs", draw=lambda asked: picture(99))
+    with pytest.raises(SideError, match="nothing is left"):
+        compare([ours, fastest, another], tmp_path / "b.json")
+    assert len(ours.asked) == 2  # round 0 and another seed
+    kept = json.loads((tmp_path / "b.json").read_text())["sides"]["theirs"]
+    assert "another picture" in kept["check"]["withheld"]
+    assert "start" not in kept
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), OutOfMemoryError("full", "load")]
+)
+def test_memory_that_runs_out_ends_a_rival_alone_and_the_first_side_with_its_own_error(
+    error: Exception,
+):
+    def fail(number: int) -> float:
+        raise error
+
+    found = compare([FakeSide("ours"), FakeSide("theirs", fail), FakeSide("others")])
+    assert found["sides"]["theirs"]["check"] == {"withheld": "full"}
+    with pytest.raises(type(error)):
+        compare([FakeSide("ours", fail), FakeSide("theirs")])
+
+
+def test_the_largest_seed_has_another_one_too():
+    assert another_seed(2**64 - 1) == 0
+    assert another_seed(5) == 6
+
+
+def test_a_whole_process_is_timed_after_the_rounds_if_its_picture_is_right():
+    class Whole(FakeSide):
+        def paint(self, request: Request) -> Round:
+            return replace(super().paint(request), seconds={"process to picture": 7.0})
+
+    found = compare([FakeSide("ours")], cold_start=Whole("ours, whole process", approximate=True))
+    assert found["cold_start"] == {"ours": {"process to picture": 7.0}}
+    wrong = Whole("ours, whole process", draw=lambda asked: picture(99), approximate=True)
+    with pytest.raises(SideError, match=r"ours, whole process: .* is another picture"):
+        compare([FakeSide("ours")], cold_start=wrong)
+    assert wrong.closed
+
+
+def test_sides_of_one_process_say_that_they_share_its_memory():
+    found = compare([FakeSide("ours"), FakeSide("theirs")])["sides"]
+    assert found["ours"]["memory"]["shared_with"] == ["theirs"]
+    assert found["ours"]["memory"]["host_peak_gib"] > 0
+    assert "of one process with theirs" in "\n".join(lines_of({"sides": found}))
+
+
+def test_a_server_tells_its_device_memory_part_by_part(monkeypatch: pytest.MonkeyPatch):
+    side = FakeSide("theirs")
+    held = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(side, "device_memory_gib", lambda: {"allocated": next(held)})
+    watch = MemoryWatch(side)
+    for part in ("stage1", "stage1", "decode"):
+        side.part = part
+        watch._look(0.0, keep=True)
+    assert watch.device == {"stage1": {"allocated": 3.0}, "decode": {"allocated": 2.0}}
 
 
 def test_a_rival_that_is_not_there_ends_the_run():
@@ -243,6 +317,8 @@ def test_an_earlier_run_is_compared_round_by_round(earlier: Path):
         "median": 0.5, "p20": 0.5, "p80": 0.5, "pairs": 3,
     }  # fmt: skip
     assert found["pictures"]["ours, recorded / now"][-1]["identical"]
+    assert "first picture" in found["sides"]["now"]["start"]
+    assert "first picture" not in found["sides"]["ours, recorded"]["start"]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 
 from bench import compare, run
 from bench.arithmetic import PictureArithmetic
+from bench.cold_start import STEP, ColdStart
 from bench.described import fingerprint
 from bench.diffusers_modules import diffusers_network
 from bench.diffusers_side import DiffusersSide
@@ -319,13 +320,73 @@ def test_a_lower_dtype_that_cannot_be_is_refused(
 
 def test_a_process_to_its_picture_is_timed(plan_file: Path):
     options = Namespace(
-        prompt="a", negative="b", seed=1, device="cpu", dtype="auto", model=None, tokenizer=None,
-        plan=str(plan_file), quantize="auto",
-    )  # fmt: skip
-    assert compare.cold_start(options)["process to picture"] > 0
+        device="cpu", dtype="auto", model=None, tokenizer=None, plan=str(plan_file), quantize="auto"
+    )
+    asked = Request(prompt="a red circle on a blue background", negative_prompt="b", seed=1)
+    made = ColdStart(options, 600).paint(asked)
+    assert made.seconds[STEP] > 0
+    assert made.image.mode == "RGB"
+    with pytest.raises(SideError, match=r"no picture within 0\.01 s; allow more with --timeout"):
+        ColdStart(options, 0.01).paint(asked)
     options.plan = "nowhere.yaml"
-    with pytest.raises(SideError, match="nowhere"):
-        compare.cold_start(options)
+    with pytest.raises(SideError, match=r"^failed: turbo: .*nowhere"):
+        ColdStart(options, 600).paint(asked)
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("", ["comfyui"]),
+        ("--comfyui-best-flags=--fast", ["comfyui", "comfyui, fastest"]),
+        ("--best-dtype=bfloat16", ["comfyui", "comfyui, fastest"]),
+    ],
+)
+def test_comfyui_has_a_side_of_its_own_for_its_fastest_settings(
+    flags: str, names: list[str], tmp_path: Path, plan_file: Path
+):
+    given = ["--baseline", "comfyui", "--comfyui-dir", str(tmp_path), *filter(None, [flags])]
+    options = compare._parser().parse_args([*given, "--plan", str(plan_file), "--device", "cpu"])
+    sides = compare._sides(Subject.load(options), given)
+    rivals = [side for side in sides if side.name.startswith("comfyui")]
+    assert [side.name for side in rivals] == names
+    assert [(side.best, side.approximate) for side in rivals[1:]] == [(True, True)] * (
+        len(names) - 1
+    )
+    if "dtype" in flags:
+        assert [side.settings()["dtype"] for side in rivals] == ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--best-dtype bfloat16 --comfyui-command {port}", "--best-dtype needs --comfyui-dir"),
+        (
+            "--comfyui-best-flags=--fast --comfyui-url http://127.0.0.1:1",
+            "is for a ComfyUI to start",
+        ),
+        ('--comfyui-flags=" --comfyui-dir x', "is no command line: No closing quotation"),
+        ("--seed -1 --comfyui-dir x", "seed must be an integer from 0"),
+    ],
+)
+def test_what_a_comparison_with_comfyui_cannot_do_is_refused(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+):
+    given = ["--baseline", "comfyui", *arguments.split()]
+    try:
+        code = compare.main(given)
+    except SystemExit as error:
+        code = error.code  # type: ignore[assignment]
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_weights_that_do_not_stay_in_memory_are_not_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("performance: {memory: balanced}\n")
+    assert run.main(["--plan", str(plan), "--device", "cpu"]) == 2
+    assert "memory 'balanced' moves it; give a plan with" in capsys.readouterr().err
 
 
 def test_the_medium_model_is_written_in_both_layouts_with_equal_weights(
