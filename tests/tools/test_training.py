@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,6 @@ from tools.demo_network import (
     PLAIN,
     Latents,
     Painter,
-    _ahead,
     batch_loss,
     compiled,
     encode_again,
@@ -199,17 +197,6 @@ def test_too_little_memory_is_found_before_anything_is_trained(
     monkeypatch.setattr(train_demo_model, "free_bytes", lambda device: 4 << 30)
     assert main(["--out", str(tmp_path / "m"), "--work", str(tmp_path / "w")]) == 2
     assert "4096 MiB of memory are free, 6144 MiB are needed" in capsys.readouterr().err
-
-
-def test_what_is_drawn_ahead_comes_in_order_and_its_errors_too() -> None:
-    def draw() -> Iterator[int]:
-        yield from range(5)
-        raise ZeroDivisionError
-
-    made = _ahead(draw())
-    assert [next(made) for _ in range(5)] == [*range(5)]
-    with pytest.raises(ZeroDivisionError):
-        next(made)
 
 
 def test_a_damaged_state_file_is_named(tmp_path: Path) -> None:
