@@ -23,7 +23,7 @@ from tests.turbo.test_engine import PLAN, bits
 from tests.turbo.test_placement import ALL_STREAMED
 from tests.turbo.test_scales import quantise
 from turbo import pinned, pipeline
-from turbo.checkpoint import load_weight, native_weights, open_file
+from turbo.checkpoint import Checkpoint, load_weight, native_weights, open_file
 from turbo.cli import main
 from turbo.components import Components
 from turbo.engine import Engine
@@ -31,7 +31,7 @@ from turbo.fusing import LoraFuser
 from turbo.gguf_blocks import BLOCKS
 from turbo.memory import count_outline, weight_dtypes
 from turbo.model_files import find_model_files
-from turbo.names import NETWORK
+from turbo.names import AUTOENCODER, NETWORK, TEXT_ENCODER
 from turbo.placement import LOW, STREAMED, WHOLE, MemoryPlan, Placement
 from turbo.stored import PLAIN, StoredLinear, StoredPart, StoredRows
 from turbo.testing import TINY, TINY_TEXT_ENCODER, ModelSize, make_model
@@ -436,18 +436,29 @@ def test_a_model_of_floats_keeps_nothing(tmp_path: Path):
 
 # Beside a GPU, where weights rest in host memory.
 
+WHOLE_LOW = MemoryPlan(
+    LOW, dict.fromkeys((NETWORK, TEXT_ENCODER, AUTOENCODER), "whole"), is_tiled=True
+)
 
-def test_what_rests_is_exchanged_matrix_by_matrix_for_a_lora(
-    folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-):
+
+def resting(
+    checkpoints: Mapping[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Transformer, Placement]:
+    """A model's network, and what holds it as `WHOLE_LOW` says, in memory that is not pinned."""
     monkeypatch.setattr(pinned, "_new_buffer", lambda size: torch.empty(size, dtype=torch.uint8))
-    checkpoints = find_model_files(folders["gguf"]).open()
     outline = Components.outline(checkpoints, weight_dtypes("bfloat16", "cpu"))
     fuser = LoraFuser(outline.by_name(), checkpoints)
     placement = Placement(outline.by_name(), CPU, fuser.fill, outline.keepings)
     placement._pins = True
-    placement.use(MemoryPlan(LOW, dict.fromkeys(outline.by_name(), "whole"), is_tiled=True))
-    network = outline.network
+    placement.use(WHOLE_LOW)
+    return outline.network, placement
+
+
+def test_what_rests_is_exchanged_matrix_by_matrix_for_a_lora(
+    folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    checkpoints = find_model_files(folders["gguf"]).open()
+    network, placement = resting(checkpoints, monkeypatch)
     before = tensors_of(network)
     fresh = placement.loosen({NETWORK: {"layers.0.feed_forward.w1.weight"}})
     both = {(NETWORK, f"layers.0.feed_forward.w{n}.weight") for n in (1, 3)}
@@ -471,14 +482,7 @@ def test_what_rests_is_exchanged_matrix_by_matrix_for_a_lora(
 def test_an_exchange_that_fails_leaves_the_part_absent_and_is_made_good(
     folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(pinned, "_new_buffer", lambda size: torch.empty(size, dtype=torch.uint8))
-    checkpoints = find_model_files(folders["gguf"]).open()
-    outline = Components.outline(checkpoints, weight_dtypes("bfloat16", "cpu"))
-    fuser = LoraFuser(outline.by_name(), checkpoints)
-    placement = Placement(outline.by_name(), CPU, fuser.fill, outline.keepings)
-    placement._pins = True
-    plan = MemoryPlan(LOW, dict.fromkeys(outline.by_name(), "whole"), is_tiled=True)
-    placement.use(plan)
+    network, placement = resting(find_model_files(folders["gguf"]).open(), monkeypatch)
 
     def full(size: int) -> Tensor:
         raise torch.OutOfMemoryError
@@ -491,9 +495,9 @@ def test_an_exchange_that_fails_leaves_the_part_absent_and_is_made_good(
         name: None if name == NETWORK else "whole" for name in placement.modes
     }
     placement.loosen({})
-    placement.use(plan)
+    placement.use(WHOLE_LOW)
     assert set(placement.modes.values()) == {"whole"}
-    weight = native_weights(outline.network)["layers.0.feed_forward.w1.weight"]
+    weight = native_weights(network)["layers.0.feed_forward.w1.weight"]
     assert isinstance(weight, StoredRows)
     assert not any(tensor.is_meta for tensor in weight.tensors)
 
